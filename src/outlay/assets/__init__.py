@@ -1,0 +1,1 @@
+"""Packaged models and data, found where they are installed."""

@@ -1,0 +1,1 @@
+"""What a method is: settings, places, claims, losses, budgets and the meter."""

@@ -1,0 +1,256 @@
+"""Losses that nobody but the loop reduces: terms, objectives, and the rows that couple examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .method import Step
+
+Batch = Mapping[str, Any]
+
+# Keys of a batch that describe its rows and are never given to the model.
+NOT_INPUTS = frozenset(
+    {"labels", "ids", "domains", "visits", "example_weights", "segment_ids", "clean", "completion"}
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    r"""One unreduced term of the loss.
+
+    The loop divides the weighted sum of the values by the sum of the weights over the whole
+    optimizer step (all micro-batches, all ranks); a term without weight gives 0.
+
+    Attributes:
+        values: Nats, with gradient, one an example or a position. Shape (batch, \\*positions).
+        weights: >= 0, known from the batch alone. Shape of `values`.
+        coefficient: Factor of the reduced term.
+    """
+
+    values: Float[Tensor, "batch *pos"]
+    weights: Float[Tensor, "batch *pos"]
+    coefficient: float = 1.0
+
+    def row_sums(self) -> Float[Tensor, " batch"]:
+        """Weighted sum of the values of each row, in float64 if the values are."""
+        return (self.values * self.weights).flatten(1).sum(1) if self.values.dim() > 1 else (
+            self.values * self.weights
+        )  # fmt: skip
+
+    def row_weights(self) -> Float[Tensor, " batch"]:
+        """Sum of the weights of each row."""
+        return self.weights.flatten(1).sum(1) if self.weights.dim() > 1 else self.weights
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective returns for one micro-batch.
+
+    Attributes:
+        terms: Named terms.
+        primary: The term that reweighters act on.
+        outputs: Logits, targets, and whatever somebody asked for with `context.request`.
+        plain: The primary term before anyone shaped it; always logged.
+    """
+
+    terms: Mapping[str, Term]
+    primary: str
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    plain: Term | None = None
+
+    def __post_init__(self) -> None:
+        if self.plain is None:
+            object.__setattr__(self, "plain", self.terms[self.primary])
+
+    def with_term(self, name: str, term: Term) -> Losses:
+        """A copy with one term added or replaced; `plain` stays what it was."""
+        return replace(self, terms={**self.terms, name: term})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All examples of an optimizer step, gathered: what `couple` sees and returns.
+
+    Attributes:
+        sums: Per term, the weighted value sum of each example. Shape (examples,).
+        weights: Per term, the weight of each example. Shape (examples,).
+        coefficients: Factor of each reduced term.
+        primary: Name of the primary term.
+        outputs: The small outputs named in `Objective.rows`. Shape (examples, ...).
+        ids: Id of each example.
+        domains: Domain of each example.
+    """
+
+    sums: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    coefficients: Mapping[str, float]
+    primary: str
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    ids: tuple[Any, ...] = ()
+    domains: tuple[Any, ...] = ()
+
+    def loss(self) -> Tensor:
+        """Sum over terms of coefficient * (sum of sums) / (sum of weights)."""
+        total: Any = 0.0
+        for name, sums in self.sums.items():
+            weight = self.weights[name].sum()
+            if float(weight) > 0:
+                total = total + self.coefficients[name] * sums.sum() / weight
+        return total if isinstance(total, Tensor) else next(iter(self.sums.values())).sum() * 0
+
+    def scaled(self, factors: Tensor, term: str | None = None) -> Rows:
+        """A copy with the examples of one term (the primary by default) weighted by `factors`."""
+        name = term or self.primary
+        return replace(
+            self,
+            sums={**self.sums, name: self.sums[name] * factors},
+            weights={**self.weights, name: self.weights[name] * factors},
+        )
+
+    def with_term(self, name: str, sums: Tensor, weights: Tensor, coefficient: float) -> Rows:
+        """A copy with one more per-example term."""
+        return replace(
+            self,
+            sums={**self.sums, name: sums},
+            weights={**self.weights, name: weights},
+            coefficients={**self.coefficients, name: coefficient},
+        )
+
+
+class Objective(nn.Module):
+    """From a batch to unreduced losses. Parameters join the optimizer, buffers the checkpoint.
+
+    Attributes:
+        rows: Names of small per-example outputs that `couple` needs.
+        scope: "step" if each row's loss depends on that row alone (or through `couple`);
+            "micro" if rows of one micro-batch touch each other.
+    """
+
+    rows: ClassVar[tuple[str, ...]] = ()
+    scope: str = "step"
+
+    def forward(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
+        """Losses of one micro-batch. Calls `model(...)` and never a part of it."""
+        raise NotImplementedError
+
+    def weight_sums(self, batch: Batch) -> Mapping[str, float]:
+        """Weight sum of every term, known before the first forward of a step."""
+        raise NotImplementedError
+
+    def couple(self, rows: Rows, step: Step) -> Rows:
+        """Change what depends on which examples sit together in the whole step."""
+        return rows
+
+    def penalties(self, model: nn.Module, step: Step) -> Mapping[str, Tensor]:
+        """Scalars of parameters alone (nats), once a step, coefficients included."""
+        return {}
+
+    def align(self, per_token: Tensor) -> Tensor:
+        """Bring batch x sequence values to the shape of the token term."""
+        return per_token
+
+    def after_update(self, model: nn.Module, step: Step) -> None:
+        """Moving averages and queues, after the optimizer's step."""
+
+    def replaced(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """A parameter of the model was replaced; a teacher follows or refuses."""
+
+    def export_source(self, model: nn.Module) -> nn.Module:
+        """The module that is evaluated and exported."""
+        return model
+
+    def couplers(self) -> Iterable[Objective]:
+        """Every objective in the chain that overrides `couple`, innermost first."""
+        return [self] if type(self).couple is not Objective.couple else []
+
+
+class Shaped(Objective):
+    """An objective around another one: override what differs, the rest passes through."""
+
+    def __init__(self, inner: Objective) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scope = inner.scope
+
+    def forward(self, model: nn.Module, batch: Batch, step: Step) -> Losses:
+        """The inner losses."""
+        return self.inner(model, batch, step)
+
+    def weight_sums(self, batch: Batch) -> Mapping[str, float]:
+        """The inner weight sums."""
+        return self.inner.weight_sums(batch)
+
+    def penalties(self, model: nn.Module, step: Step) -> Mapping[str, Tensor]:
+        """The inner penalties."""
+        return self.inner.penalties(model, step)
+
+    def align(self, per_token: Tensor) -> Tensor:
+        """The inner alignment."""
+        return self.inner.align(per_token)
+
+    def after_update(self, model: nn.Module, step: Step) -> None:
+        """Passed to the inner objective."""
+        self.inner.after_update(model, step)
+
+    def replaced(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Passed to the inner objective."""
+        self.inner.replaced(old, new)
+
+    def export_source(self, model: nn.Module) -> nn.Module:
+        """The inner export source."""
+        return self.inner.export_source(model)
+
+    def couplers(self) -> Iterable[Objective]:
+        """Inner couplers first, as the functions compose."""
+        return [*self.inner.couplers(), *super().couplers()]
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The entries of a batch that a model's forward takes."""
+    return {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+
+
+def needed_rows(objective: Objective) -> tuple[str, ...]:
+    """Names of the per-example outputs that any coupler in the chain needs."""
+    names: dict[str, None] = {}
+    for coupler in objective.couplers():
+        names |= dict.fromkeys(coupler.rows)
+    return tuple(names)
+
+
+def rows_of(losses: Losses, batch: Batch, names: tuple[str, ...]) -> Rows:
+    """Per-example sums, weights and small outputs of one micro-batch."""
+    return Rows(
+        sums={name: term.row_sums() for name, term in losses.terms.items()},
+        weights={name: term.row_weights() for name, term in losses.terms.items()},
+        coefficients={name: term.coefficient for name, term in losses.terms.items()},
+        primary=losses.primary,
+        outputs={name: losses.outputs[name] for name in names},
+        ids=tuple(batch.get("ids", ())),
+        domains=tuple(batch.get("domains", ())),
+    )
+
+
+def gathered(parts: list[Rows]) -> Rows:
+    """Concatenate the rows of several micro-batches."""
+    first = parts[0]
+
+    def join(pick: str) -> dict[str, Tensor]:
+        return {name: torch.cat([getattr(p, pick)[name] for p in parts]) for name in getattr(
+            first, pick)}  # fmt: skip
+
+    return replace(
+        first,
+        sums=join("sums"),
+        weights=join("weights"),
+        outputs=join("outputs"),
+        ids=tuple(i for part in parts for i in part.ids),
+        domains=tuple(d for part in parts for d in part.domains),
+    )

@@ -1,0 +1,1 @@
+"""Fitted heads and models outside the training loop; scikit-learn conventions."""

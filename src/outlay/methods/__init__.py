@@ -1,0 +1,1 @@
+"""Everything that plugs into a run, one file a method."""

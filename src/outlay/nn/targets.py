@@ -1,0 +1,139 @@
+"""Which modules of a model a method acts on, in PEFT's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..core.errors import ConfigError, NoEffect, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' `Conv1D` (GPT-2), whose weight is stored as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for `nn.Linear` and transformers' `Conv1D`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the top-level children outside the pre-trained body: the task's head.
+
+    A transformers model names its body in `base_model_prefix`; a model without that attribute
+    has no head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix):
+        return ()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != prefix and next(child.parameters(), None) is not None
+    )
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Path and list of the model's repeated blocks: the `ModuleList` with most parameters."""
+    lists = [
+        (sum(p.numel() for p in module.parameters()), -len(name), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    if not lists:
+        return None
+    *_, name, module = max(lists, key=lambda item: item[:2])
+    return name, module
+
+
+def match_modules(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    layers_to_transform: Sequence[int] | None = None,
+    kinds: tuple[type[nn.Module], ...] = (),
+) -> dict[str, nn.Module]:
+    """Modules that a method acts on.
+
+    Args:
+        model: The original model.
+        target_modules: "all-linear" (every linear layer outside the head and the output
+            embedding), a regular expression over the whole path, or names that a path ends in.
+        layers_to_transform: Indices of the repeated blocks to keep; negative ones count from
+            the end; None keeps everything.
+        kinds: Module types beside linear layers that the method can adapt.
+
+    Returns:
+        Modules by path, in model order.
+
+    Raises:
+        NoEffect: If nothing matches, naming the nearest module names.
+        ConfigError: If a layer index is out of range or the expression is broken.
+    """
+    head = head_modules(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    fits = {
+        name: module
+        for name, module in model.named_modules()
+        if (is_linear(module) or isinstance(module, kinds)) and module is not output
+    }
+    if target_modules == ALL_LINEAR:
+        found = {n: m for n, m in fits.items() if n.split(".")[0] not in head}
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules = {target_modules!r} is not a regular expression ({error})",
+                'give an expression, a list of names, or "all-linear"',
+            ) from None
+        found = {n: m for n, m in fits.items() if pattern.fullmatch(n)}
+    else:
+        found = {
+            n: m
+            for n, m in fits.items()
+            if any(n == t or n.endswith("." + t) for t in target_modules)
+        }
+    if layers_to_transform is not None:
+        found = _in_layers(model, found, layers_to_transform)
+    if not found:
+        leaves = sorted({name.rpartition(".")[2] for name in fits})
+        wanted = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
+        raise NoEffect(
+            f"target_modules = {wanted!r} matches no linear layer of {type(model).__name__}",
+            f"{nearest(str(wanted), leaves)}it has {', '.join(leaves[:12]) or 'none'}",
+        )
+    return found
+
+
+def _in_layers(
+    model: nn.Module, found: dict[str, nn.Module], layers: Sequence[int]
+) -> dict[str, nn.Module]:
+    stack = blocks(model)
+    if stack is None:
+        raise ConfigError(
+            f"layers_to_transform = {tuple(layers)} but {type(model).__name__} has no list of layers",
+            "leave layers_to_transform out",
+        )
+    path, modules = stack
+    depth = len(modules)
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ConfigError(
+                f"layers_to_transform has {layer}, the model has {depth} layers",
+                f"give indices from {-depth} to {depth - 1}",
+            )
+    prefixes = tuple(f"{path}.{layer % depth}." for layer in layers)
+    return {name: module for name, module in found.items() if name.startswith(prefixes)}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear-like layer; a convolution counts in * kernel height * width."""
+    weight = module.weight
+    if is_conv1d(module):
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight[0].numel()

@@ -1,0 +1,1 @@
+"""One replication per paper: the script and what was measured."""
