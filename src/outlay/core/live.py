@@ -44,9 +44,13 @@ class Engine(Protocol):
 
     def term_gradients(
         self, batches: list[Batch], terms: Iterable[str] | None
-    ) -> dict[str, dict[str, Tensor]]: ...
+    ) -> dict[str, dict[str, Tensor]]:
+        """Gradients of each reduced term."""
+        ...
 
-    def all_sum(self, tensor: Tensor) -> Tensor: ...
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        ...
 
 
 class Live:
@@ -356,7 +360,7 @@ class Live:
     def term_gradients(
         self, batches: list[Batch], terms: Iterable[str] | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """{term: {name: gradient}} over a whole step and all ranks, without coefficients; charged."""
+        """{term: {name: gradient}} over a whole step and all ranks, no coefficients; charged."""
         assert self.engine is not None, "the loop lends the engine"
         return self.engine.term_gradients(batches, terms)
 

@@ -116,7 +116,7 @@ def _in_layers(
     stack = blocks(model)
     if stack is None:
         raise ConfigError(
-            f"layers_to_transform = {tuple(layers)} but {type(model).__name__} has no list of layers",
+            f"layers_to_transform = {tuple(layers)}: {type(model).__name__} has no list of layers",
             "leave layers_to_transform out",
         )
     path, modules = stack

@@ -45,17 +45,6 @@ Task = Literal[
 ]
 
 
-class Live:
-    """A live Python object in a recipe; written as not replayable.
-
-    Attributes:
-        value: The object.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 class Spec(BaseModel):
     """Base of all parts of a recipe: frozen, strict about keys."""
 
