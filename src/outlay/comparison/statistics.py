@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -183,13 +184,7 @@ def detectable_difference(
     level = _adjusted(alpha, comparisons)
     if not alpha < power < 1:
         raise ConfigError(f"power {power} is not between {alpha} and 1", "0.8 is usual")
-    critical = float(stats.t.isf(level / 2, seeds - 1))
-    # Raising the noncentrality to a few times the critical value always exceeds any power < 1.
-    upper = critical + 10.0
-    while _power(upper, critical, seeds - 1) < power:
-        upper *= 2
-    root = optimize.brentq(lambda d: _power(d, critical, seeds - 1) - power, 0.0, upper)
-    return float(root) * spread / math.sqrt(seeds)  # pyright: ignore[reportArgumentType]
+    return _noncentrality(seeds - 1, level, power) * spread / math.sqrt(seeds)
 
 
 def seeds_needed(
@@ -379,6 +374,17 @@ def _power(noncentrality: float, critical: float, degrees: int) -> float:
     bounds = critical * _spread_nodes(degrees)
     tails = stats.norm.cdf(noncentrality - bounds) + stats.norm.cdf(-noncentrality - bounds)
     return float(np.mean(tails))
+
+
+@lru_cache(maxsize=256)
+def _noncentrality(degrees: int, level: float, power: float) -> float:
+    """Noncentrality at which a two-sided t test at `level` has the given power."""
+    critical = float(stats.t.isf(level / 2, degrees))
+    upper = critical + 10.0
+    while _power(upper, critical, degrees) < power:
+        upper *= 2
+    root: Any = optimize.brentq(lambda d: _power(d, critical, degrees) - power, 0.0, upper)
+    return float(root)
 
 
 def _resampled_shares(generator: np.random.Generator, rows: int, size: int) -> Floats:
