@@ -129,6 +129,7 @@ def assemble(
     loader: Callable[[str], nn.Module] | None = None,
     kept: dict[str, Any] | None = None,
     flops: FlopTable | None = None,
+    prefix: bool = True,
 ) -> Assembly:
     """Put one stage together.
 
@@ -146,6 +147,7 @@ def assemble(
         loader: Resolves model references for `context.load`.
         kept: Tensors of passes made once, from a checkpoint.
         flops: FLOP table to share between runs of equal shape.
+        prefix: False leaves `model.cache_frozen` to the caller.
 
     Raises:
         Conflict: If methods clash.
@@ -194,7 +196,7 @@ def assemble(
     gradients = Gradients(
         live, backend, [m for m in methods if isinstance(m, OnModel)], flops or FlopTable()
     )
-    if getattr(recipe.model, "cache_frozen", False):
+    if prefix and getattr(recipe.model, "cache_frozen", False):
         gradients.prefix = FrozenPrefix(model, methods)
     on_batch = [m for m in methods if isinstance(m, OnBatch)]
     drawer = Drawer(pool, recipe.batch, on_batch, context, model, "clean" in context.requests)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,14 +139,29 @@ class FrozenPrefix:
                 self.kept[example] = row[:length].detach().clone()
             raise _Enough
 
+        with FlopCounter() as counter:
+            self._stop_at_block(take, batch)
+        return counter.total
+
+    def pretend(self, batch: Batch) -> None:
+        """Put rows of the right shape in place of computed ones: for plans, where none run."""
+
+        def take(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden = arguments[0] if arguments else named["hidden_states"]
+            self.kept |= dict(zip(batch["ids"], torch.empty_like(hidden).unbind()))
+            raise _Enough
+
+        self._stop_at_block(take, batch)
+
+    def _stop_at_block(self, take: Callable[..., None], batch: Batch) -> None:
+        """Run the model up to the first trained block, where `take` looks and stops it."""
         block: nn.Module = self.blocks[self.depth]
         handle = block.register_forward_pre_hook(take, with_kwargs=True)
         try:
-            with torch.no_grad(), FlopCounter() as counter, contextlib.suppress(_Enough):
+            with torch.no_grad(), contextlib.suppress(_Enough):
                 self.model(**model_inputs(batch))
         finally:
             handle.remove()
-        return counter.total
 
     @contextlib.contextmanager
     def bind(self, batch: Batch) -> Iterator[None]:

@@ -100,7 +100,7 @@ class Loop:
         rate = set_rates(live.optimizers, self.schedule(step))
         live.open = False
         seen, flops = self.gradients.accumulate(step, batches)
-        seen.gradient_norm = float(self._clip())
+        seen.gradient_norm = float(self.clip_gradients())
         self._refuse_non_finite(step, seen, batches)
         self._tell("after_backward", step, seen)
         self._update()
@@ -130,7 +130,7 @@ class Loop:
 
     # ---- update ------------------------------------------------------------------------------
 
-    def _clip(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         """Clip each group that asks for it, then the whole model; the norm before clipping."""
         groups = [g for o in self.live.optimizers for g in o.param_groups]
         everything = [p for group in groups for p in group["params"] if p.grad is not None]

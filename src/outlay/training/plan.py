@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,11 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..core.budget import Budget
 from ..core.losses import Batch
@@ -32,6 +28,7 @@ from ..nn.targets import head_modules
 from .assemble import Assembly, assemble, expected_steps
 from .backend import OneDevice, batch_key
 from .materials import Materials, load_materials
+from .memory import LiveBytes, free_bytes, measured_peak
 from .recipe import Recipe
 from .runs import stage_recipes
 
@@ -68,38 +65,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Running and largest sum of the storages that are alive, each counted once.
-
-    Attributes:
-        now: Bytes alive.
-        peak: Largest value of `now`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def hold(self, *tensors: Tensor) -> None:
-        """Count tensors that exist already."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            if reference.cdata not in self._alive:
-                self._alive[reference.cdata] = (reference, storage.nbytes())
-                self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        gone = [key for key, (reference, _) in self._alive.items() if reference.expired()]
-        for key in gone:
-            self.now -= self._alive.pop(key)[1]
-        self.hold(*(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
-        return out
 
 
 def plan(
@@ -387,7 +352,6 @@ def _measure(
     scale: float,
 ) -> None:
     """Take steps at the quantile shapes; predict seconds and correct the peak."""
-    materials = materials.filled(recipe)
     assembly = assemble(
         recipe,
         model=materials.model(recipe),
@@ -399,17 +363,31 @@ def _measure(
         backend=backend,
         new_tokens=materials.new_tokens,
     )
-    ordered = sorted(shapes, key=lambda shape: shape.cells)
-    picks = sorted({0, len(ordered) // 2, len(ordered) - 1})
-    times: dict[Any, float] = {}
     assembly.loop.gradients.flops.known = _AnyShape()
-    for rank, index in enumerate(picks):
-        shape = ordered[index]
+    assembly.model.train()
+
+    def work_at(rank: int, shape: _Shape) -> Callable[[], None]:
         step = Step(rank, 0.0, recipe.seed, total=found.steps or 0)
-        work = _one_step(assembly, step, [backend.place(shape.batch)])
+        return lambda: _one_step(assembly, step, [backend.place(shape.batch)])
+
+    ordered = sorted(shapes, key=lambda shape: shape.cells)
+    times: dict[Any, float] = {}
+    for rank, index in enumerate(sorted({0, len(ordered) // 2, len(ordered) - 1})):
+        work = work_at(rank, ordered[index])
         work()
-        times[shape.key] = min(_timed(work, backend) for _ in range(3))
-    peak = _measured_peak(assembly, backend, backend.place(ordered[-1].batch))
+        times[ordered[index].key] = min(_timed(work, backend) for _ in range(3))
+    held = [
+        *(p for _, p in assembly.live.named_parameters()),
+        *assembly.model.buffers(),
+        *(
+            value
+            for optimizer in assembly.live.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ),
+    ]
+    peak = measured_peak(work_at(9, ordered[-1]), backend, held)
     seconds = _spread(shapes, times)
     total = sum(seconds[shape.key] * shape.count for shape in shapes) * scale
     found.seconds = total
@@ -430,16 +408,13 @@ class _AnyShape(dict[Any, int]):
         return 0
 
 
-def _one_step(assembly: Assembly, step: Step, batches: list[Batch]) -> Callable[[], None]:
-    def work() -> None:
-        assembly.loop.gradients.accumulate(step, batches)
-        assembly.loop._clip()
-        for optimizer in assembly.live.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    assembly.model.train()
-    return work
+def _one_step(assembly: Assembly, step: Step, batches: list[Batch]) -> None:
+    """What the loop does in a step, watchers left out."""
+    assembly.loop.gradients.accumulate(step, batches)
+    assembly.loop.clip_gradients()
+    for optimizer in assembly.live.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _timed(work: Callable[[], None], backend: OneDevice) -> float:
@@ -448,58 +423,6 @@ def _timed(work: Callable[[], None], backend: OneDevice) -> float:
     if backend.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _measured_peak(assembly: Assembly, backend: OneDevice, batch: Batch) -> int:
-    """CUDA: the allocator's peak. CPU: resident tensors plus the profiler's running maximum."""
-    work = _one_step(assembly, Step(9, 0.0, assembly.recipe.seed), [batch])
-    if backend.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return backend.peak_bytes()
-    resident = _resident(assembly)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    running = largest = 0
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            running += event.nbytes()
-            largest = max(largest, running)
-    return resident + largest
-
-
-def _resident(assembly: Assembly) -> int:
-    """Bytes of parameters, buffers and optimizer state, each storage once."""
-    tracker = LiveBytes()
-    tracker.hold(
-        *(p for _, p in assembly.live.named_parameters()),
-        *assembly.model.buffers(),
-        *(
-            value
-            for optimizer in assembly.live.optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ),
-    )
-    return tracker.now
-
-
-def free_bytes(backend: OneDevice) -> int:
-    """Memory that is free on the device now."""
-    if backend.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(backend.device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _steps_of(budget: Budget, flops: dict[Any, float]) -> int | None:
@@ -521,8 +444,3 @@ def _way_out(recipe: Recipe, found: Plan, free: int) -> str:
     if not getattr(recipe.model, "gradient_checkpointing", True):
         return f"{short}try --set model.gradient_checkpointing=true and batch.micro=1"
     return f"{short}weights, gradients and optimizer alone take {fixed:,}; train fewer parameters"
-
-
-def parameters_of(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
