@@ -67,6 +67,7 @@ class Scale:
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
+        """Position of a value in px."""
         turn: Callable[[float], float] = math.log10 if self.logarithmic else float
         share = (turn(value) - turn(self.low)) / (turn(self.high) - turn(self.low))
         return round(self.start + share * (self.stop - self.start), 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from .axes import (
@@ -67,7 +68,7 @@ def forest(
             {
                 "y": round(middle, 1),
                 "label_y": round(middle - 15, 1) if narrow else round(middle + 4, 1),
-                "label": clipped(name, (right - left) * 0.62 if narrow else left - 16),
+                "label": clipped(name, right - left - 62 if narrow else left - 16),
                 "x": scale(min(max(pair["difference"], low), high)),
                 "ends": ends,
                 "outcome": pair.get("outcome", ""),
@@ -143,6 +144,11 @@ def pareto(
             for arm in shown]  # fmt: skip
     obstacles = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in centers]
     obstacles += [Box(x - 4, b[1], x + 4, b[0]) for (x, _), b in zip(centers, bars) if b]
+    front = _front(centers, higher, frame)
+    obstacles += [
+        Box(min(a, c) - 2, min(b, d) - 2, max(a, c) + 2, max(b, d) + 2)
+        for (a, b), (c, d) in pairwise(front)
+    ]
     texts = [clipped(arm["name"], 130 if narrow else 220) for arm in shown]
     points = []
     for arm, amount, (x, y), bar, text, label in zip(
@@ -162,7 +168,7 @@ def pareto(
         "width": width, "height": round(frame.bottom + 50), "frame": frame, "points": points,
         "ticks": ticks, "x_label": meter.label + (", logarithmic" if x_scale.logarithmic else ""),
         "y_ticks": [{"y": y_scale(t), "text": tick_text(t, y_ticks)} for t in y_ticks],
-        "front": _front(centers, higher, frame), "higher": higher,
+        "front": " ".join(f"{x},{y}" for x, y in front), "higher": higher,
         "absent": [arm["name"] for arm in arms if arm["name"] not in amounts],
     }  # fmt: skip
 
@@ -187,9 +193,11 @@ def _amount_axis(
     low, high = padded(xs, 0.1)
     low = 0.0 if min(xs) >= 0 > low else low
     scale = Scale(low, high, frame.left, frame.right)
-    return scale, [
-        {"x": scale(t), "text": _short(meter, t)} for t in linear_ticks(low, high, count)
-    ], None
+    return (
+        scale,
+        [{"x": scale(t), "text": _short(meter, t)} for t in linear_ticks(low, high, count)],
+        None,
+    )
 
 
 def _short(meter: MeterText, value: float) -> str:
@@ -200,14 +208,19 @@ def _short(meter: MeterText, value: float) -> str:
     return f"{number} {unit}".strip()
 
 
-def _front(centers: Sequence[tuple[float, float]], higher: bool, frame: Box) -> str:
-    """SVG path of the staircase along arms that none beats at equal or lower cost."""
-    path, best = "", None
+def _front(
+    centers: Sequence[tuple[float, float]], higher: bool, frame: Box
+) -> list[tuple[float, float]]:
+    """Corners of the staircase along arms that none beats at equal or lower cost."""
+    corners: list[tuple[float, float]] = []
+    best = None
     for x, y in sorted(centers, key=lambda c: (c[0], c[1] if higher else -c[1])):
         if best is None or (y < best if higher else y > best):
-            path += f"M{x} {y}" if best is None else f"H{x}V{y}"
+            if best is not None:
+                corners.append((x, best))
+            corners.append((x, y))
             best = y
-    return f"{path}H{frame.right}" if path else ""
+    return [*corners, (frame.right, best)] if best is not None else []
 
 
 def _leader(x: float, y: float, box: Box) -> dict[str, float]:

@@ -108,7 +108,8 @@ def drawn_curves(runs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict
                 }
             )
     means = {
-        name: [_mean(arm, by_arm[arm]) for arm in sorted(by_arm)] for name, by_arm in grouped.items()
+        name: [_mean(arm, by_arm[arm]) for arm in sorted(by_arm)]
+        for name, by_arm in grouped.items()
     }
     present = {key for entries in seeds.values() for entry in entries for key in entry["columns"]}
     return {

@@ -62,7 +62,7 @@ def meter_text(key: str) -> MeterText:
     """Known text of a meter, or one made from a name such as `teacher/flops`."""
     if key in METERS:
         return METERS[key]
-    words = key.replace("/", ": ").replace("_", " ")
+    words = key.replace("/", ": ").replace("_", " ").replace("flops", "FLOPs")
     kind = next((kind for end, kind in _KINDS.items() if key.endswith(end)), "count")
     return MeterText(
         words[:1].upper() + words[1:], kind, f"Extra cost charged under its own name, {key}."

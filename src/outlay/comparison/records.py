@@ -55,9 +55,9 @@ def write_runs(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def markdown(data: Mapping[str, Any], meters: Mapping[str, Mapping[str, float]]) -> str:
     """The report without its figures, for an issue or a README."""
+    better = "higher" if data["higher_is_better"] else "lower"
     facts = [
-        f"- Metric: {_plain(data['metric'])}, "
-        f"{'higher' if data['higher_is_better'] else 'lower'} is better",
+        f"- Metric: {_plain(data['metric'])}, {better} is better",
         f"- Budget of each run: {_plain(data['budget'])}",
     ]
     if data["margin"]:

@@ -183,7 +183,7 @@ def _policy(scripts: list[Markup]) -> str:
 
 @lru_cache(maxsize=8)
 def _asset(name: str) -> str:
-    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
+    return (resources.files("outlay.comparison") / "page" / name).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

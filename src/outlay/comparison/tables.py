@@ -116,12 +116,14 @@ def arms_table(data: Mapping[str, Any], meters: Mapping[str, Mapping[str, float]
     ]  # fmt: skip
     for key in shown:
         text = meter_text(key)
-        columns.append(Column(key, text.label, f"{text.explanation} Mean over runs.", text.write))
+        columns.append(Column(key, text.label, text.explanation, text.write))
     rows = []
     for arm in sorted_arms(data):
         row: list[Any] = [arm["name"]]
         if letters:
-            row.append(" ".join(letter for letter, group in letters if arm["name"] in group) or None)
+            row.append(
+                " ".join(letter for letter, group in letters if arm["name"] in group) or None
+            )
         row += [arm["mean"], arm.get("interval"), arm["seeds"]]
         rows.append(row + [meters[key].get(arm["name"]) for key in shown])
     return Table("arms", columns, rows)
@@ -130,9 +132,7 @@ def arms_table(data: Mapping[str, Any], meters: Mapping[str, Mapping[str, float]
 def sorted_arms(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Arms by mean, best first; those without a mean last."""
     sign = -1 if data["higher_is_better"] else 1
-    return sorted(
-        data["arms"], key=lambda arm: (arm["mean"] is None, sign * (arm["mean"] or 0.0))
-    )
+    return sorted(data["arms"], key=lambda arm: (arm["mean"] is None, sign * (arm["mean"] or 0.0)))
 
 
 def _between_signed(value: Any) -> str:
@@ -149,6 +149,10 @@ _OUTCOMES = {
     "failed_run": "a run failed",
     "too_few_seeds": "too few seeds",
 }
+
+
+def _outcome_text(key: str) -> str:
+    return _OUTCOMES.get(key, key)
 
 
 def pairs_table(data: Mapping[str, Any]) -> Table:
@@ -171,14 +175,14 @@ def pairs_table(data: Mapping[str, Any]) -> Table:
             "no distribution and is not adjusted.", probability,
         ),
         Column(
-            "p_floor", "floor", "Smallest sign-flip p that so many seeds can give.", probability
+            "p_floor", "Floor", "Smallest sign-flip p that so many seeds can give.", probability
         ),
         Column(
             "detectable", "Detectable", "True difference that would have been found with "
             "probability 0.8, from this pair's own spread.", significant,
         ),
         Column(
-            "outcome", "Outcome", "What follows.", lambda key: _OUTCOMES.get(key, key),
+            "outcome", "Outcome", "What follows from p, margin and budgets.", _outcome_text,
             numeric=False,
         ),
     ]  # fmt: skip
@@ -205,7 +209,11 @@ def runs_table(data: Mapping[str, Any], meters: Mapping[str, Any]) -> Table:
         Column("seed", "Seed", "Runs with the same seed are paired.", str),
         Column("status", "Status", "done, stopped or failed.", numeric=False),
     ]
-    columns += [Column(name, name, "Final value.", significant) for name in metrics]
+    taken = {"arm", "seed", "status", *meters}
+    columns += [
+        Column(f"metric {name}" if name in taken else name, name, "Final value.", significant)
+        for name in metrics
+    ]
     for key in meters:
         text = meter_text(key)
         columns.append(Column(key, text.label, text.explanation, text.write))
@@ -226,11 +234,16 @@ def settings_table(recipes: Mapping[str, str]) -> Table | None:
         except yaml.YAMLError:
             return None
     fields = list(dict.fromkeys(field for settings in flat.values() for field in settings))
+    fields = [field for field in fields if field != "name"]  # a label, different by intent
     differing = [f for f in fields if len({settings.get(f) for settings in flat.values()}) > 1]
     if len(flat) < 2 or not differing:
         return None
     columns = [Column("setting", "Setting", "Path in the recipe.", numeric=False)]
-    columns += [Column(arm, arm, "Its value in this arm's recipe.", numeric=False) for arm in flat]
+    columns += [
+        Column(f"arm {arm}" if arm == "setting" else arm, arm, "Value in this arm's recipe.",
+               numeric=False)
+        for arm in flat
+    ]  # fmt: skip
     rows = [[field, *(flat[arm].get(field) for arm in flat)] for field in differing]
     return Table("settings", columns, rows)
 

@@ -10,7 +10,7 @@
   root.classList.add("js");
 
   // ---- view state, kept in the URL so that a link shows what its sender saw
-  const state = { curve: curves.names[0], x: curves.meters[0], log: false, hide: new Set(), cost: "" };
+  const state = { curve: curves.names[0], x: curves.meters[0], part: 1, log: false, hide: new Set(), cost: "" };
 
   function readAddress() {
     const address = location.hash.slice(1);
@@ -19,6 +19,7 @@
     const choice = (key, allowed) => (allowed.includes(given.get(key)) ? given.get(key) : allowed[0]);
     state.curve = choice("curve", curves.names);
     state.x = choice("x", curves.meters);
+    state.part = Number(given.get("part")) || 1;
     state.log = given.get("log") === "1";
     const hidden = (given.get("hide") || "").split(",").filter((part) => part !== "").map(Number);
     state.hide = new Set(hidden.filter((arm) => arm in data.arms));
@@ -29,6 +30,7 @@
     const said = new URLSearchParams();
     if (state.curve !== curves.names[0]) said.set("curve", state.curve);
     if (state.x !== curves.meters[0]) said.set("x", state.x);
+    if (state.part !== 1) said.set("part", state.part);
     if (state.log) said.set("log", "1");
     if (state.hide.size) said.set("hide", [...state.hide].sort((a, b) => a - b).join(","));
     if (state.cost) said.set("cost", state.cost);
@@ -147,6 +149,15 @@
     return { table: tables.length ? uPlot.join(tables) : [[0, 1]], series, bands };
   }
 
+  let whole = null;
+
+  /** Range of the horizontal axis: a zoom as it is, else the chosen last part of all. */
+  function shownRange(low, high) {
+    if (whole && (low !== whole[0] || high !== whole[1])) return [low, high];
+    if (low === high) return [low - 1, high + 1];
+    return [high - state.part * (high - low), high];
+  }
+
   function readout(self) {
     const at = self.cursor.idx === null || self.cursor.idx === undefined ? null : self.posToVal(self.cursor.left, "x");
     all("[data-readout]").forEach((output) => {
@@ -167,6 +178,7 @@
     if (chart) chart.destroy();
     box.textContent = "";
     const { table, series, bands } = build();
+    whole = [table[0][0], table[0][table[0].length - 1]];
     const width = box.clientWidth;
     const font = `12px ${getComputedStyle(box).getPropertyValue("--sans")}`;
     const axis = {
@@ -177,9 +189,9 @@
       width, height: Math.round(Math.min(420, Math.max(280, width * 0.46))),
       legend: { show: false }, padding: [10, 16, 0, 0],
       cursor: { y: false, points: { show: false }, drag: { x: true, y: false } },
-      scales: { x: { time: false }, y: { distr: state.log ? 3 : 1 } },
+      scales: { x: { time: false, range: (_, low, high) => shownRange(low, high) }, y: { distr: state.log ? 3 : 1 } },
       axes: [
-        { ...axis, label: axisLabel(), values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) },
+        { ...axis, size: 36, label: axisLabel(), values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) },
         { ...axis, size: 56, ...(state.log ? { values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v))) } : {}) },
       ],
       series, bands, hooks: { setCursor: [readout] },
@@ -194,6 +206,7 @@
     const redraw = () => { writeAddress(); draw(); };
     find("#curve").addEventListener("change", (event) => { state.curve = event.target.value; redraw(); });
     meter.addEventListener("change", () => { state.x = meter.value; redraw(); });
+    find("#part").addEventListener("change", (event) => { state.part = Number(event.target.value); redraw(); });
     find("#logarithmic").addEventListener("change", (event) => { state.log = event.target.checked; redraw(); });
     all("[data-arm]").forEach((input) => input.addEventListener("change", () => {
       state.hide[input.checked ? "delete" : "add"](Number(input.dataset.arm));
@@ -208,6 +221,7 @@
     if (!find("#meter")) return;
     find("#curve").value = state.curve;
     find("#meter").value = state.x;
+    find("#part").value = String(state.part);
     find("#logarithmic").checked = state.log;
     all("[data-arm]").forEach((input) => { input.checked = !state.hide.has(Number(input.dataset.arm)); });
   }
