@@ -105,8 +105,16 @@ class Delta(nn.Module):
         """Tensors by their names in PEFT's files, where the method is one of PEFT's."""
         return {}
 
-    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `peft_tensors` gave."""
+    def load_peft_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+    ) -> None:
+        """Take over what `peft_tensors` gave.
+
+        Args:
+            tensors: Tensors of this layer by their names in PEFT's files.
+            config: PEFT's config.
+            name: Path of the layer.
+        """
         raise NotImplementedError
 
 

@@ -56,9 +56,9 @@ class AdapterMethod(Method):
         adapter_name: Name under which the deltas stand, for switching.
     """
 
-    target_modules: str | Annotated[tuple[str, ...], Len(1)] = "all-linear"
-    layers_to_transform: tuple[int, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: str | Annotated[tuple[str, ...], Len(1)] | list[str] = "all-linear"
+    layers_to_transform: tuple[int, ...] | list[int] | None = None
+    modules_to_save: tuple[str, ...] | list[str] = ()
     adapter_name: str = DEFAULT
 
     @abstractmethod
@@ -69,8 +69,15 @@ class AdapterMethod(Method):
         """Layer types beside linear ones that the method can adapt."""
         return ()
 
-    def to_peft(self) -> dict[str, Any] | None:
-        """Entries of the PEFT config that means the same, `peft_type` among them, or None."""
+    def to_peft(
+        self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]
+    ) -> dict[str, Any] | None:
+        """Entries of the PEFT config that means the same, `peft_type` among them, or None.
+
+        Args:
+            deltas: This method's deltas by the original path of their layer.
+            layers: The plain layers by the same paths; PEFT does not take every kind everywhere.
+        """
         return None
 
     @classmethod
@@ -199,6 +206,6 @@ def freeze_base(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
 __all__ = [
     "AdaptedLayer", "AdapterMethod", "Delta", "adapted_layers", "adapter_names", "apply_weight",
     "as_matrix", "bare", "base_device", "delta_dtype", "disable_adapters", "freeze_base",
-    "fusable", "insert_deltas", "linear_shape", "merge_adapters", "original_name", "plain_layer", "set_adapter",
-    "unmerge_adapters", "unwrap_adapters", "wraps",
+    "fusable", "insert_deltas", "linear_shape", "merge_adapters", "original_name",
+    "plain_layer", "set_adapter", "unmerge_adapters", "unwrap_adapters", "wraps",
 ]  # fmt: skip

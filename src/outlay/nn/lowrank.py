@@ -79,10 +79,12 @@ class LowRankDelta(Delta):
         scaling: Factor of the product, alpha / r in PEFT.
     """
 
+    scaling: Tensor
+
     def __init__(self, a: Tensor, b: Tensor, scaling: float = 1.0, dropout: float = 0.0):
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.scaling = scaling
+        self.register_buffer("scaling", torch.tensor(float(scaling)))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Float[Tensor, "*inputs"], base: nn.Module) -> Float[Tensor, "*outputs"]:
@@ -109,7 +111,9 @@ class LowRankDelta(Delta):
         return {"lora_A.weight": self.a, "lora_B.weight": self.b}
 
     @torch.no_grad()
-    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_peft_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+    ) -> None:
         """Take over LoRA's two factors."""
         self.a.copy_(tensors["lora_A.weight"].flatten(1))
         self.b.copy_(tensors["lora_B.weight"].flatten(1))

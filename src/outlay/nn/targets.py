@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,16 +120,18 @@ def match_modules(
     return found
 
 
-def pattern_value(pattern: Sequence[tuple[str, Any]], name: str, default: Any) -> Any:
+def pattern_value(
+    pattern: Sequence[tuple[str, Any]] | Mapping[str, Any], name: str, default: Any
+) -> Any:
     """The value that a pattern (PEFT's `rank_pattern`) gives to a path.
 
     Args:
-        pattern: Pairs of (regular expression or name that the path ends in, value); the first
-            that fits decides.
+        pattern: Value by regular expression or name that the path ends in; the first that fits
+            decides.
         name: Path of a module.
         default: Value where none fits.
     """
-    for key, value in pattern:
+    for key, value in pattern.items() if isinstance(pattern, Mapping) else pattern:
         if re.fullmatch(rf"(.*\.)?({key})", name):
             return value
     return default

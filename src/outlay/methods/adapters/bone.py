@@ -35,7 +35,9 @@ class BlockDelta(Delta):
         return {"miss_block": self.block}
 
     @torch.no_grad()
-    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_peft_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+    ) -> None:
         """Take over a block of the same shape."""
         self.block.copy_(tensors["miss_block"])
 
@@ -129,7 +131,7 @@ class Bone(AdapterMethod, OnModel):
         mini_r: Width q of the repeated block in mini; must divide out.
         bat_axis: Which block index D follows in bat: "row" (output, as published) or "col".
         dropout: Probability of dropping an input feature before the sum (shard and mini).
-        rank_pattern: Pairs (name or expression, r) for layers that differ from `r`.
+        rank_pattern: r of layers that differ, by name or regular expression.
     """
 
     card: ClassVar[Card] = Card(
@@ -152,7 +154,7 @@ class Bone(AdapterMethod, OnModel):
     mini_r: Annotated[int, Ge(1)] = 1
     bat_axis: Literal["row", "col"] = "row"
     dropout: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0
-    rank_pattern: tuple[tuple[str, Annotated[int, Ge(1)]], ...] = ()
+    rank_pattern: tuple[tuple[str, Annotated[int, Ge(1)]], ...] | dict[str, int] = ()
 
     def validate(self) -> None:
         """Refuse settings of another variant."""
@@ -202,9 +204,13 @@ class Bone(AdapterMethod, OnModel):
             )
         return SharedBlockDelta(r, q, (out, width), self.dropout, dtype)
 
-    def to_peft(self) -> dict[str, Any] | None:
-        """PEFT's MiSS, which has one r and the blocks of bat along the output alone."""
-        if self.rank_pattern or (self.variant == "bat" and self.bat_axis == "col"):
+    def to_peft(
+        self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]
+    ) -> dict[str, Any] | None:
+        """PEFT's MiSS: one r, `nn.Linear` alone, the blocks of bat along the output alone."""
+        linear = all(isinstance(layer, nn.Linear) for layer in layers.values())
+        columns = self.variant == "bat" and self.bat_axis == "col"
+        if self.rank_pattern or columns or not linear:
             return None
         return {
             "peft_type": "MISS",
