@@ -8,4 +8,4 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OUTLAY_OFFLINE", "1")
-install_import_hook("outlay", "beartype.beartype")
+install_import_hook("outlay", "typecheck.check")
