@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from transformers import (
@@ -12,10 +15,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from outlay import Card, OnData
 from outlay.bridges.transformers import OutlayCallback, OutlayTrainer, task_of
 from outlay.core.errors import Conflict
 from outlay.core.registry import entries
 from outlay.nn.adapter import adapted_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooses(OnData):
+    card: ClassVar[Card] = Card(name="chooses", title="a selector")
+
+    def select(self, pool: Any, context: Any = None) -> Any:
+        return pool
+
 
 METHODS = {
     "bone": "bone(r=4)",
@@ -103,18 +116,6 @@ def test_export_is_plain_and_answers_as_trained(tmp_path) -> None:
 
 
 def test_a_method_that_chooses_data_is_refused_by_name(tmp_path) -> None:
-    from dataclasses import dataclass
-    from typing import Any, ClassVar
-
-    from outlay import Card, OnData
-
-    @dataclass(frozen=True, kw_only=True)
-    class Chooses(OnData):
-        card: ClassVar[Card] = Card(name="chooses", title="a selector")
-
-        def select(self, pool: Any, context: Any = None) -> Any:
-            return pool
-
     with pytest.raises(Conflict, match="chooses"):
         OutlayTrainer(bert(), TrainingArguments(str(tmp_path), use_cpu=True), methods=[Chooses()])
     with pytest.raises(Conflict, match="chooses"):

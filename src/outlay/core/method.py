@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import sys
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,13 +180,7 @@ def _freeze(value: Any) -> Any:
 def _adapters(cls: type) -> dict[str, Any]:
     from pydantic import ConfigDict, TypeAdapter
 
-    hints = {}
-    for base in reversed(cls.__mro__):
-        # Fields alone: a class made inside a function may name things its module lacks.
-        scope = vars(sys.modules[base.__module__])
-        for name, hint in vars(base).get("__annotations__", {}).items():
-            if name in getattr(cls, "__dataclass_fields__", {}) and "ClassVar" not in str(hint):
-                hints[name] = eval(hint, scope) if isinstance(hint, str) else hint
+    hints = typing.get_type_hints(cls, include_extras=True)
     strict = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     return {f.name: TypeAdapter(hints[f.name], config=strict) for f in dataclasses.fields(cls)}
 
