@@ -8,6 +8,7 @@ weight and travel with the state.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from ..core.errors import CheckpointError, ConfigError, Conflict
-from ..core.method import Context, generator_of
+from ..core.method import Context, generator_of, seed_of
 from .adapted import Delta, delta_dtype
-from .svd import Decomposition
+from .svd import Decomposition, hollow
 from .targets import is_linear
 
 Selection = Literal["principal", "minor", "random"]
@@ -95,7 +96,7 @@ class SpectralDelta(Delta):
         """
         mark, seen = (state_dict.get(prefix + key) for key in ("fingerprint", "signature"))
         embeds = all(prefix + key in state_dict for key in self.base_names)
-        if mark is not None and not self.fingerprint.is_meta and not self.allow_rebuild:
+        if mark is not None and not hollow(self.fingerprint) and not self.allow_rebuild:
             same = torch.equal(mark.to(self.fingerprint.device), self.fingerprint)
             if not same:
                 raise CheckpointError(
@@ -123,7 +124,7 @@ class SpectralDelta(Delta):
 
 def _signature(probe: Float[Tensor, "r width"]) -> Float[Tensor, " r"]:
     """Directions seen along one fixed random vector: of size 1, changed by any turn or flip."""
-    if probe.is_meta:
+    if hollow(probe):
         return probe.new_empty(len(probe))
     vector = torch.randn(probe.shape[1], generator=generator_of("signature"), dtype=torch.float64)
     return (probe.double().cpu() @ vector).to(probe.device, torch.float32)
@@ -135,20 +136,20 @@ def _agree(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def choose(count: int, rank: int, selection: Selection, generator: torch.Generator) -> list[int]:
+def choose(count: int, rank: int, selection: Selection, seed: int) -> list[int]:
     """Which of `count` singular directions are adapted, in order of decreasing value.
 
     Args:
         count: Directions that there are.
         rank: Directions wanted.
         selection: "principal" the largest, "minor" the smallest, "random" any.
-        generator: Where "random" draws from.
+        seed: What "random" draws from.
     """
     if selection == "principal":
         return list(range(rank))
     if selection == "minor":
         return list(range(count - rank, count))
-    return sorted(torch.randperm(count, generator=generator)[:rank].tolist())
+    return sorted(random.Random(seed).sample(range(count), rank))
 
 
 def embeds(found: Decomposition, indices: Sequence[int], embed: Embed, name: str) -> bool:
@@ -168,28 +169,29 @@ def embeds(found: Decomposition, indices: Sequence[int], embed: Embed, name: str
 
 
 def random_bases(
-    shape: tuple[int, int], rank: int, generator: torch.Generator, like: Tensor
+    shape: tuple[int, int], rank: int, seed: int, like: Tensor
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
     """Random orthonormal bases of the same shapes: the control that spectral bases must beat.
 
     Args:
         shape: (out, in).
         rank: Directions.
-        generator: A CPU generator.
+        seed: What they are drawn from.
         like: Gives data type and device.
     """
-    if like.is_meta:
+    if hollow(like):
         return like.new_empty(shape[0], rank), like.new_empty(rank, shape[1])
+    draw = torch.Generator().manual_seed(seed)
     u, v = (
-        torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0]
+        torch.linalg.qr(torch.randn(width, rank, generator=draw, dtype=torch.float64))[0]
         for width in shape
     )
     return u.to(like).contiguous(), v.T.to(like).contiguous()
 
 
-def stream(context: Context | None, *parts: str) -> torch.Generator:
-    """A CPU generator of the run's seed (0 without a run) and a name."""
-    return generator_of(0 if context is None else context.seed, *parts)
+def seed_for(context: Context | None, *parts: str) -> int:
+    """A seed from the run's own (0 without a run) and a name."""
+    return seed_of(0 if context is None else context.seed, *parts)
 
 
 def check_rank(method: str, field: str, rank: int, shape: tuple[int, int], name: str) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core.errors import ConfigError, Conflict, NonFinite
 from ..core.method import generator_of
@@ -67,7 +68,7 @@ class Decomposition:
         Returns:
             0 for a zero weight; infinity where there is no neighbour.
         """
-        if not len(indices) or self.s.is_meta:
+        if not len(indices) or hollow(self.s):
             return float("inf")
         values = self.s.double().cpu()
         if float(values[0]) == 0.0:
@@ -83,6 +84,11 @@ class Decomposition:
     def nbytes(self) -> int:
         """Bytes of the three tensors."""
         return sum(t.numel() * t.element_size() for t in (self.u, self.s, self.vh))
+
+
+def hollow(tensor: Tensor) -> bool:
+    """True for a tensor without values: on the meta device, or a fake one of a plan."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def float_matrix(layer: nn.Module, name: str = "the layer") -> Float[Tensor, "out in"]:
@@ -122,9 +128,9 @@ def is_quantized(layer: nn.Module) -> bool:
 def fingerprint(weight: Float[Tensor, "out in"]) -> str:
     """Content hash of a matrix: equal values give equal hashes, whatever floating type holds them.
 
-    The values are hashed as float32 unless they need float64. A meta tensor gives zeros.
+    The values are hashed as float32 unless they need float64. A hollow tensor gives zeros.
     """
-    if weight.is_meta:
+    if hollow(weight):
         return "0" * 32
     matrix = weight.detach().cpu()
     narrow = matrix.float()
@@ -161,7 +167,7 @@ def decompose(
     never happens.
 
     Args:
-        weight: Any floating type; a meta tensor gives meta tensors of the right shapes.
+        weight: Any floating type; a hollow one gives hollow tensors of the right shapes.
         rank: Triplets that are needed; None means all.
         name: How errors name the weight.
         exact_below: Largest smaller side that is always decomposed exactly.
@@ -173,7 +179,7 @@ def decompose(
     out, width = weight.shape
     small = min(out, width)
     kept = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if weight.is_meta:
+    if hollow(weight):
         k = small if rank is None else min(rank + 1, small)
         u, s, vh = (weight.new_empty(size, dtype=kept) for size in ((out, k), (k,), (k, width)))
         return Decomposition(u, s, vh, 1.0, fingerprint(weight))
@@ -277,7 +283,7 @@ class SvdCache:
             rank: Leading triplets needed; more may come back. None means all.
             name: How errors name the weight.
         """
-        if weight.is_meta:
+        if hollow(weight):
             return decompose(weight, rank, name)
         whole = not iterates(weight.shape, rank)
         wide = "float64" if weight.dtype == torch.float64 else "float32"
@@ -386,7 +392,7 @@ def energy_rank(s: Float[Tensor, " k"], share: float, total: float | None = None
     """Smallest number of leading directions that hold a share of the squared energy.
 
     Args:
-        s: Singular values, decreasing; on the meta device the answer is the bound len(s).
+        s: Singular values, decreasing; of a hollow tensor the answer is the bound len(s).
         share: Wanted share in (0, 1].
         total: Sum of all squares, where `s` holds the leading values only.
 
@@ -395,7 +401,7 @@ def energy_rank(s: Float[Tensor, " k"], share: float, total: float | None = None
     """
     if not 0 < share <= 1:
         raise ConfigError(f"energy share {share} is not allowed", "give a share in (0, 1]")
-    if s.is_meta:
+    if hollow(s):
         return len(s)
     # A share of 1 must not fail on the last bit of the sum.
     enough = energies(s, total) >= share - 1e-12

@@ -23,9 +23,9 @@ from ...nn.spectral import (
     choose,
     embeds,
     random_bases,
-    stream,
+    seed_for,
 )
-from ...nn.svd import energy_rank, float_matrix, is_quantized, shared_cache
+from ...nn.svd import energy_rank, float_matrix, hollow, is_quantized, shared_cache
 from ...nn.targets import is_linear, linear_shape
 from ._svfit_layer import Parameterisation, Side, SVFitDelta
 
@@ -160,10 +160,10 @@ class SVFit(AdapterMethod, OnModel):
             rank = energy_rank(found.s, self.rank[1], found.energy)
         else:
             rank = small if self.rank == "full" else self.rank
-        draw = stream(context, "svfit", name)
-        indices = choose(len(found.s) if leading is None else rank, rank, self.selection, draw)
+        seed = seed_for(context, "svfit", name)
+        indices = choose(len(found.s) if leading is None else rank, rank, self.selection, seed)
         if self.basis == "random":
-            u, vh = random_bases(shape, rank, draw, found.u)
+            u, vh = random_bases(shape, rank, seed, found.u)
             sigma = torch.einsum("or,oi,ri->r", u, matrix.to(u.dtype), vh)
             travels = self.embed_bases == "always"
         else:
@@ -202,7 +202,7 @@ class SVFit(AdapterMethod, OnModel):
         }
 
     def _check_zeros(self, sigma: Tensor, s: Tensor, name: str) -> None:
-        if self.parameterisation != "softplus" or sigma.is_meta:
+        if self.parameterisation != "softplus" or hollow(sigma):
             return
         zeros = int((sigma <= _SINGULAR * s[0]).sum())
         if zeros:
@@ -222,7 +222,7 @@ class SVFit(AdapterMethod, OnModel):
         side: Side = "right" if shape[1] < shape[0] and is_linear(layer) else "left"
         if self.hold == "both" or self.basis == "random":
             return "both"
-        if self.parameterisation == "relative" or sigma.is_meta:
+        if self.parameterisation == "relative" or hollow(sigma):
             return side
         share = float(sigma.min() / s[0].clamp_min(torch.finfo(s.dtype).tiny))
         wide = 1e-9 if sigma.dtype == torch.float64 else _ONE_SIDED
