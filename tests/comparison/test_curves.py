@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from outlay.comparison import curves
-from outlay.comparison.axes import Box, Scale, linear_ticks, log_ticks, place_labels, tick_text
+from outlay.comparison.axes import (
+    CHARACTER,
+    Box,
+    Scale,
+    clipped_pair,
+    linear_ticks,
+    log_ticks,
+    place_labels,
+    tick_text,
+)
 from outlay.comparison.charts import forest, pareto
 from outlay.comparison.meters import meter_text
 
@@ -83,6 +92,14 @@ def test_ticks_are_round_and_inside():
 def test_scales_map_ends_to_ends():
     assert Scale(0, 10, 100, 300)(5) == 200
     assert Scale(1, 100, 0, 200, logarithmic=True)(10) == 100
+
+
+def test_both_names_of_a_pair_survive_clipping():
+    assert clipped_pair("a", "b", 100) == "a − b"
+    text = clipped_pair("short", "x" * 60, 20 * CHARACTER)
+    assert text.startswith("short − xxx")
+    assert len(text) <= 20
+    assert len(clipped_pair("y" * 60, "x" * 60, 21 * CHARACTER)) <= 21
 
 
 def test_labels_avoid_each_other():

@@ -150,6 +150,17 @@ def test_special_outcomes_are_said_on_the_page(comparison, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["runs"]
 
 
+def test_a_constant_metric_and_many_arms_can_be_drawn(comparison, tmp_path):
+    data = comparison({"a": (0.1, 7, 1.0, 28), "b": (0.1, 7, 1.0, 28)}, seeds=2, points=2)
+    data |= judge({name: {0: 1.0, 1: 1.0} for name in "ab"}, metric="test accuracy")
+    page, _ = read(write_report(data, tmp_path / "constant"))
+    assert "give the same test accuracy at each of 2 seeds" in page
+    arms = {f"arm {i}": (0.01 * i, 10 * i, 1.0, 0) for i in range(17)}
+    page, inlined = read(write_report(comparison(arms, seeds=3, points=3), tmp_path / "many"))
+    assert "16 more pairs stand in the table only" in page
+    assert len(inlined["tables"]["differences"]) == 136
+
+
 def test_zero_costs_stand_apart_on_a_logarithmic_axis(comparison, tmp_path):
     page, _ = read(write_report(comparison(), tmp_path))
     assert "Trainable parameters, logarithmic" in page
