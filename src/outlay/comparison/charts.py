@@ -16,6 +16,7 @@ from .axes import (
     Box,
     Scale,
     clipped,
+    clipped_pair,
     linear_ticks,
     log_ticks,
     padded,
@@ -68,7 +69,9 @@ def forest(
             {
                 "y": round(middle, 1),
                 "label_y": round(middle - 15, 1) if narrow else round(middle + 4, 1),
-                "label": clipped(name, right - left - 62 if narrow else left - 16),
+                "label": clipped_pair(
+                    pair["a"], pair["b"], right - left - 70 if narrow else left - 16
+                ),
                 "x": scale(min(max(pair["difference"], low), high)),
                 "ends": ends,
                 "outcome": pair.get("outcome", ""),

@@ -1,7 +1,6 @@
 """What a report is made from, and the checks that it gets before anything is written."""
 
-from __future__ import annotations
-
+# No postponed annotations here: TypedDict reads NotRequired from the annotations themselves.
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
