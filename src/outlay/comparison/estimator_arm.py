@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Conflict
-from ..training.evaluate import classification_metrics
+from ..training.evaluate import _class_metrics
 from ..training.materials import Materials
 from ..training.recipe import Recipe
 from ..training.runs import Result
