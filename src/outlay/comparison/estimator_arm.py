@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Conflict
-from ..training.evaluate import _class_metrics
 from ..training.materials import Materials
 from ..training.recipe import Recipe
 from ..training.runs import Result
