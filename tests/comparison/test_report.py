@@ -145,7 +145,7 @@ def test_special_outcomes_are_said_on_the_page(comparison, tmp_path):
     page, _ = read(write_report(data, tmp_path))
     text = html.unescape(page)
     assert "1 of 6 runs of SVFit failed" in text
-    assert "budgets differ (150.0 and 300.0 steps)" in text
+    assert "budgets differ (150 and 300 steps)" in text
     assert "the loss became NaN at step 41" in text
     assert json.loads((tmp_path / "report.json").read_text())["runs"]
 

@@ -186,7 +186,7 @@ def pairs_table(data: Mapping[str, Any]) -> Table:
         ),
         Column(
             "detectable", "Detectable", "True difference that would have been found with "
-            "probability 0.8, from this pair's own spread.", significant,
+            f"probability {data.get('power', 0.8):g}, from this pair's own spread.", significant,
         ),
         Column(
             "outcome", "Outcome", "What follows from p, margin and budgets.", _outcome_text,
