@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from outlay.comparison import curves
+from outlay.comparison.page import curves
 from outlay.comparison.page.axes import (
     CHARACTER,
     Box,

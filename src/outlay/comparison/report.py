@@ -20,8 +20,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import charts
 from .formats import MISSING, counted, listed, significant
+from .page import charts
 from .page.curves import drawn_curves
 from .page.meters import meter_means, meter_text, varies
 from .page.records import markdown, write_points, write_runs
