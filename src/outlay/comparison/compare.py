@@ -186,6 +186,7 @@ def compare(
         trainable={arm: _trainable(by_seed) for arm, by_seed in results.items()},
         spent={arm: _spent(results[arm]) for arm in recipes},
         margin=margin,
+        outside=[arm.name for arm in chosen if arm.name not in recipes],
     )
     notes = [*notes, *tuning_notes, *([recipe.note] if recipe.note else [])]
     report = write_report(

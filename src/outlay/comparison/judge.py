@@ -22,7 +22,7 @@ arm), `failed_run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -56,6 +56,7 @@ class Question:
     missing: dict[str, list[int]]
     spent: Spent
     tolerance: float
+    outside: frozenset[str] = frozenset()
     comparisons: int = 0
 
 
@@ -71,6 +72,7 @@ def judge(
     power: float = 0.8,
     margin: float | None = None,
     budget_tolerance: float = 0.01,
+    outside: Collection[str] = (),
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def judge(
         margin: Differences inside it are called equal; stated before the runs, in the metric's
             unit. None: equality is never claimed.
         budget_tolerance: Budgets are equal if they differ by at most this share of the larger.
+        outside: Arms that are fitted outside the budget, as a linear model on counts: their
+            pairs compare quality alone, and a sentence says so.
         resamples: Of the bootstrap over items.
         seed: Of the bootstrap and of sampled sign flips.
 
@@ -102,7 +106,8 @@ def judge(
         - `arms`: `{name, trainable, seeds, metric, mean, interval, spread, outcome, sentence}`
           in the order given; `interval` simultaneous over arms, None without spread.
         - `pairs`: `{a, b, seeds, difference, interval, spread, p, p_holm, p_sign_flip, p_floor,
-          detectable, outcome, sentence}`, with `interval_items` where items were given.
+          detectable, outcome, sentence, reason}`, with `interval_items` where items were given;
+          `reason` says why a pair was not tested.
         - `verdicts`: `{better, worse, difference, interval}` of the separated pairs.
         - `ties`: groups (two arms or more) none of which is separated from another, see
           `statistics.tie_groups`; pairs that could not be tested tie nothing.
@@ -115,8 +120,9 @@ def judge(
         ConfigError: With no arm, with one seed for several arms, or a value out of range.
     """
     question = _ask(
-        table, metric, higher_is_better, alpha, power, margin, spent or {}, budget_tolerance
-    )
+        table, metric, higher_is_better, alpha, power, margin, spent or {}, budget_tolerance,
+        frozenset(outside),
+    )  # fmt: skip
     arms = [_arm(question, name, trainable or {}) for name in table]
     pairs = [_pair(question, a, b, seed) for a, b in combinations(table, 2)]
     _adjust(question, pairs)
@@ -126,9 +132,14 @@ def judge(
     tied = [(pair["a"], pair["b"]) for pair in pairs if pair["outcome"] in TIED]
     ties = [group for group in st.tie_groups(list(table), tied) if len(group) > 1]
     outcome, sentence = headline(question, arms, pairs, verdicts)
+    apart = [
+        f"{name} is fitted outside the budget: its pairs compare quality, not what it cost."
+        for name in table
+        if name in question.outside
+    ]
     return {
         "arms": arms, "pairs": pairs, "verdicts": verdicts, "ties": ties, "outcome": outcome,
-        "sentence": sentence, "sentences": remarks(arms, pairs), "metric": metric,
+        "sentence": sentence, "sentences": [*apart, *remarks(arms, pairs)], "metric": metric,
         "higher_is_better": higher_is_better, "alpha": alpha, "power": power, "margin": margin,
         "comparisons": question.comparisons,
     }  # fmt: skip
@@ -143,6 +154,7 @@ def _ask(
     margin: float | None,
     spent: Spent,
     tolerance: float,
+    outside: frozenset[str],
 ) -> Question:
     if not table:
         raise ConfigError("no arm to judge", "give at least one arm with its runs")
@@ -173,6 +185,7 @@ def _ask(
         missing={name: sorted(set(every_seed) - set(table[name])) for name in table},
         spent=spent,
         tolerance=tolerance,
+        outside=outside,
     )
     testable = sum(_refusal(question, a, b) is None for a, b in combinations(table, 2))
     return replace(question, comparisons=testable)
@@ -211,33 +224,31 @@ def _arm(question: Question, name: str, trainable: Mapping[str, int | None]) -> 
 
 
 def _refusal(question: Question, a: str, b: str) -> tuple[str, str] | None:
-    """Why a pair cannot be tested, as outcome and sentence; None if it can."""
+    """Why a pair cannot be tested, as outcome and reason; None if it can be."""
     failing = [name for name in (a, b) if question.failed[name]]
     if failing:
-        return "failed_run", (
-            f"{a} and {b} are not ranked: {listed(failing)} failed at "
-            f"{seeds_text(sorted({s for name in failing for s in question.failed[name]}))}."
-        )
+        seeds = sorted({seed for name in failing for seed in question.failed[name]})
+        return "failed_run", f"{listed(failing)} failed at {seeds_text(seeds)}"
     unequal = _unequal_budget(question, a, b)
     if unequal:
-        return "unequal_budget", f"{a} and {b} are not ranked: budgets differ ({unequal})."
+        return "unequal_budget", f"budgets differ ({unequal})"
     shared = question.table[a].keys() & question.table[b].keys()
     if len(shared) < 2:
-        return "too_few_seeds", (
-            f"{a} and {b} are not ranked: they share {counted(len(shared), 'seed')}, "
-            "and at least two are needed."
-        )
+        seeds_shared = counted(len(shared), "seed")
+        return "too_few_seeds", f"they share {seeds_shared}, and at least two are needed"
     return None
 
 
 def _unequal_budget(question: Question, a: str, b: str) -> str:
+    if a in question.outside or b in question.outside:
+        return ""
     first, second = question.spent.get(a, {}), question.spent.get(b, {})
     for unit in sorted(first.keys() | second.keys()):
         if unit not in first or unit not in second:
             return f"{unit} known for one of them only"
         for x, y in _amounts(first[unit], second[unit]):
             if not abs(x - y) <= question.tolerance * max(abs(x), abs(y)):
-                return f"{significant(x, 4)} and {significant(y, 4)} {unit}"
+                return f"{min(x, y):,.6g} and {max(x, y):,.6g} {unit}"
     return ""
 
 
@@ -261,11 +272,12 @@ def _pair(question: Question, a: str, b: str, seed: int) -> dict[str, Any]:
         "a": a, "b": b, "seeds": len(seeds),
         "difference": float(differences.mean()) if seeds else None, "interval": None,
         "spread": None, "p": None, "p_holm": None, "p_sign_flip": None, "p_floor": None,
-        "detectable": None, "outcome": "", "sentence": "",
+        "detectable": None, "outcome": "", "sentence": "", "reason": "",
     }  # fmt: skip
     refusal = _refusal(question, a, b)
     if refusal:
-        pair["outcome"], pair["sentence"] = refusal
+        pair["outcome"], pair["reason"] = refusal
+        pair["sentence"] = f"{a} and {b} are not ranked: {pair['reason']}."
         return pair
     pair["p_sign_flip"] = st.sign_flip_test(differences, seed=seed)
     pair["p_floor"] = st.sign_flip_floor(len(seeds))

@@ -10,11 +10,12 @@ Where singular values repeat, the vectors themselves are free: `Decomposition.ga
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ DISTINCT = 1e-8
 vectors are arbitrary: float64 finds them to about 1e-16 / gap."""
 
 _TOLERANCE = 1e-4  # residual of an iterated triplet, as a share of the largest singular value
+_SMALL = 1024  # smaller side up to which more threads gain less than they may lose
 _FORMAT = "1"
 
 
@@ -178,29 +180,52 @@ def decompose(
     """
     out, width = weight.shape
     small = min(out, width)
-    kept = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if hollow(weight):
+        kept = torch.float64 if weight.dtype == torch.float64 else torch.float32
         k = small if rank is None else min(rank + 1, small)
         u, s, vh = (weight.new_empty(size, dtype=kept) for size in ((out, k), (k,), (k, width)))
         return Decomposition(u, s, vh, 1.0, fingerprint(weight))
-    matrix = weight.detach()
+    with _one_thread() if small <= _SMALL else contextlib.nullcontext():
+        return _decompose(weight.detach(), rank, name, exact_below, mark)
+
+
+def _decompose(
+    matrix: Tensor, rank: int | None, name: str, exact_below: int, mark: str | None
+) -> Decomposition:
+    device, careful = matrix.device, matrix.dtype == torch.float64
     if not torch.isfinite(matrix).all():
         raise NonFinite(
             f"the weight of {name!r} holds NaN or infinity, so it has no singular values",
             "repair or reload the model, or leave the layer out of target_modules",
         )
-    if matrix.device.type == "mps":  # no float64 there
+    if device.type == "mps":  # no float64 there
         matrix = matrix.cpu()
     wide = matrix.double()
-    mark = mark or fingerprint(weight)
+    mark = mark or fingerprint(matrix)
     energy = float(wide.square().sum())
     found = None
-    if rank is not None and iterates(weight.shape, rank, exact_below):
+    if rank is not None and iterates(matrix.shape, rank, exact_below):
         found = _krylov(wide, rank + 1, mark)  # one more, for the gap behind the last
-    u, s, vh = found or _exact(wide, weight.dtype == torch.float64)
+    u, s, vh = found or _exact(wide, careful)
     u, vh = _fix_signs(u, vh)
-    u, s, vh = (t.to(weight.device, kept).contiguous() for t in (u, s, vh))
+    kept = torch.float64 if careful else torch.float32
+    u, s, vh = (t.to(device, kept).contiguous() for t in (u, s, vh))
     return Decomposition(u, s, vh, energy, mark, found is None)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread.
+
+    The result then has the same bits whatever the number of threads, and a busy machine, where
+    threads wait for each other at every column, does not take ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _exact(wide: Tensor, careful: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,10 +138,8 @@ def rows_of(
     seen: dict[str, int] = {}
     for index, raw in enumerate(table.rows):
         where = table.where(index)
-        number = str(table.places[index])
-        identity = prefix + (
-            _plain(raw.get(columns.id), where, columns.id) if columns.id else number
-        )
+        given = raw.get(columns.id) if columns.id else index
+        identity = prefix + _plain(given, where, columns.id)
         if identity in seen:
             raise DataError(
                 f"{where}: the id {identity!r} was there before ({table.where(seen[identity])})",

@@ -51,7 +51,7 @@ class Splits:
 
 
 def load(
-    spec: DataSpec | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+    spec: DataSpec | Iterable[Any] | Mapping[str, Iterable[Any]],
     task: str,
     *,
     base: Path | None = None,
@@ -113,7 +113,7 @@ def load(
 
 
 def load_rows(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Iterable[Any],
     spec: DataSpec,
     task: str,
     labels: Labels,

@@ -57,7 +57,7 @@ class Table:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
-def table_of(rows: Iterable[Mapping[str, Any]], name: str = "data") -> Table:
+def table_of(rows: Iterable[Any], name: str = "data") -> Table:
     """A table of rows in memory; the class names of a `datasets.Dataset` are kept.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from ..core.errors import ConfigError
+from ...core.errors import ConfigError
 
 COLUMNS = ("step", "tokens", "flops", "seconds", "value")
 """Columns of a curve's points, in order; all but the value are totals of the run so far."""
@@ -58,6 +58,8 @@ class ReportData(TypedDict):
         sentence: The headline; default: a description.
         sentences: What else must be said.
         alpha: As given to `judge`; default 0.05.
+        power: As given to `judge`.
+        comparisons: As from `judge`.
         margin: As given to `judge`.
         recipes: Arm to its resolved recipe as YAML text.
         versions: Package to version.
@@ -80,6 +82,8 @@ class ReportData(TypedDict):
     sentence: NotRequired[str]
     sentences: NotRequired[Sequence[str]]
     alpha: NotRequired[float]
+    power: NotRequired[float]
+    comparisons: NotRequired[int]
     margin: NotRequired[float | None]
     recipes: NotRequired[Mapping[str, str]]
     versions: NotRequired[Mapping[str, str]]
@@ -105,9 +109,9 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(
             f"a report lacks {', '.join(sorted(missing))}",
-            "see outlay.comparison.report_data.ReportData for what it is made from",
+            "see outlay.comparison.page.report_data.ReportData for what it is made from",
         )
-    unknown = sorted(set(data) - set(ReportData.__annotations__) - {"power", "comparisons"})
+    unknown = sorted(set(data) - set(ReportData.__annotations__))
     if unknown:
         raise ConfigError(f"a report has no {', '.join(unknown)}", "leave it out, or put a note")
     if not data["runs"]:
@@ -117,7 +121,7 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
         if lacking:
             raise ConfigError(
                 f"run {number} of the report lacks {', '.join(lacking)}",
-                "see outlay.comparison.report_data.RunData",
+                "see outlay.comparison.page.report_data.RunData",
             )
     whole: dict[str, Any] = {
         "pairs": [], "verdicts": [], "ties": [], "outcome": "described", "sentence": "",

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .formats import MISSING, between, probability, signed, significant
+from ..formats import MISSING, between, probability, signed, significant
 from .meters import meter_text, varies
 
 
@@ -186,7 +186,7 @@ def pairs_table(data: Mapping[str, Any]) -> Table:
         ),
         Column(
             "detectable", "Detectable", "True difference that would have been found with "
-            "probability 0.8, from this pair's own spread.", significant,
+            f"probability {data.get('power', 0.8):g}, from this pair's own spread.", significant,
         ),
         Column(
             "outcome", "Outcome", "What follows from p, margin and budgets.", _outcome_text,

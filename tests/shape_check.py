@@ -1,4 +1,4 @@
-"""The checker behind the import hook: beartype, with an int allowed where a float is meant."""
+"""The run-time type checker of the tests: beartype, with int allowed where float is asked."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ..formats import MINUS, between, signed, significant
 from .axes import (
     CHARACTER,
     Box,
@@ -23,7 +24,6 @@ from .axes import (
     place_labels,
     tick_text,
 )
-from .formats import MINUS, between, signed, significant
 from .meters import MeterText
 
 WIDE, NARROW = 920, 340
@@ -47,12 +47,14 @@ def forest(
     names = [f"{pair['a']} {MINUS} {pair['b']}" for pair in shown]
     longest = max((len(name) for name in names), default=0)
     left = 12.0 if narrow else min(300.0, longest * CHARACTER + 20)
-    right = width - (12.0 if narrow else 178.0)
+    texts = [_difference_text(pair) for pair in shown]
+    written = max((len(text) for text in texts), default=0)
+    right = width - (12.0 if narrow else written * CHARACTER + 14)
     row, top = (40.0, 30.0) if narrow else (26.0, 30.0)
     low, high = _difference_range(shown, margin)
     scale = Scale(low, high, left, right)
     rows = []
-    for number, (pair, name) in enumerate(zip(shown, names)):
+    for number, (pair, name, text) in enumerate(zip(shown, names, texts)):
         middle = top + row * (number + 0.5) + (8 if narrow else 0)
         interval = pair.get("interval")
         ends = None
@@ -62,9 +64,6 @@ def forest(
                 "x1": scale(inside[0]), "x2": scale(inside[1]),
                 "more_left": interval[0] < low, "more_right": interval[1] > high,
             }  # fmt: skip
-        text = signed(pair["difference"])
-        if interval:
-            text += f"  [{signed(interval[0])}, {signed(interval[1])}]"
         rows.append(
             {
                 "y": round(middle, 1),
@@ -90,6 +89,12 @@ def forest(
         "right_better": "first better" if higher else "second better",
         "dropped": max(0, sum(p.get("difference") is not None for p in pairs) - MOST_ROWS),
     }  # fmt: skip
+
+
+def _difference_text(pair: Mapping[str, Any]) -> str:
+    interval = pair.get("interval")
+    ends = f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else ""
+    return signed(pair["difference"]) + ends
 
 
 def _difference_range(
