@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Conflict
-<<<<<<< HEAD
-=======
 from ..training.evaluate import classification_metrics
->>>>>>> main
 from ..training.materials import Materials
 from ..training.recipe import Recipe
 from ..training.runs import Result
