@@ -139,8 +139,10 @@ def show(
             screen.table(
                 "Settings",
                 ("name", "type", "default", "allowed", "meaning"),
-                [(s.name, s.type, s.default or "required", s.allowed, s.text)
-                 for s in about.settings],
+                [
+                    (s.name, s.type, s.default or "required", s.allowed, s.text)
+                    for s in about.settings
+                ],
             )  # fmt: skip
         )
     sentences = seen.get("sentences") or ([seen["sentence"]] if seen.get("sentence") else [])

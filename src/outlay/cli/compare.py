@@ -29,7 +29,7 @@ from .options import (
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    from ..comparison.compare import Comparison
+    pass
 
 Arms = Annotated[
     Optional[list[str]],  # noqa: UP045 - evaluated by Typer
@@ -136,8 +136,13 @@ def show(found: dict[str, Any]) -> None:
             "Arms",
             ("arm", "trainable", "seeds", "mean", "interval"),
             [
-                (a["name"], screen.amount(a["trainable"]), a["seeds"], _figure(a["mean"]),
-                 _interval(a["interval"]))
+                (
+                    a["name"],
+                    screen.amount(a["trainable"]),
+                    a["seeds"],
+                    _figure(a["mean"]),
+                    _interval(a["interval"]),
+                )
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
@@ -150,9 +155,14 @@ def show(found: dict[str, Any]) -> None:
             "Paired differences (simultaneous intervals)",
             ("pair", "difference", "interval", "p (Holm)", "p (sign flip)", "could have seen"),
             [
-                (f"{p['a']} - {p['b']}", _figure(p["difference"], True),
-                 _interval(p["interval"], True), _figure(p["p_holm"]),
-                 _figure(p["p_sign_flip"]), _figure(p["detectable"]))
+                (
+                    f"{p['a']} - {p['b']}",
+                    _figure(p["difference"], True),
+                    _interval(p["interval"], True),
+                    _figure(p["p_holm"]),
+                    _figure(p["p_sign_flip"]),
+                    _figure(p["detectable"]),
+                )
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),

@@ -139,8 +139,15 @@ def _fields(node: ast.ClassDef, path: Path, texts: dict[str, str]) -> list[Setti
         if choices:
             allowed.append(" | ".join(map(repr, choices)))
         fields.append(
-            Setting(name, kind, _default(line.value), ", ".join(allowed), choices, bounds,
-                    texts.get(name, ""))  # fmt: skip
+            Setting(
+                name,
+                kind,
+                _default(line.value),
+                ", ".join(allowed),
+                choices,
+                bounds,
+                texts.get(name, ""),
+            )  # fmt: skip
         )
     return fields
 
@@ -173,7 +180,7 @@ def _resolved(note: ast.expr, path: Path) -> ast.expr:
     }
 
     class Fill(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802 - ast's name
+        def visit_Name(self, node: ast.Name) -> ast.expr:
             value = aliases.get(node.id)
             typed = isinstance(value, (ast.Subscript, ast.BinOp))
             return self.visit(value) if typed else node
@@ -187,7 +194,7 @@ def _taken_apart(note: ast.expr) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
     choices: list[Any] = []
 
     class Strip(ast.NodeTransformer):
-        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:  # noqa: N802
+        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
             name = getattr(node.value, "id", "")
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             if name == "Annotated":
