@@ -226,7 +226,16 @@ def capture(live: Live, marks: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
 
 
 def restore(live: Live, state: Mapping[str, Any]) -> None:
-    """Rebuild the structure, then put every value back."""
+    """Rebuild the structure, then put every value and the optimizers' state back."""
+    restore_weights(live, state)
+    for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
+        _load_optimizer(optimizer, saved)
+    for name, moments in state["restful"].items():
+        live.restful[name]["state"] = dict(moments)
+
+
+def restore_weights(live: Live, state: Mapping[str, Any]) -> None:
+    """Rebuild the structure and put parameters, buffers and masks back."""
     manifest = state["manifest"]
     live.rebuild(manifest)
     named = dict(live.named_parameters())
@@ -245,10 +254,6 @@ def restore(live: Live, state: Mapping[str, Any]) -> None:
             kind,
             None if held is None else held.to(device),
         )
-    for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, saved)
-    for name, moments in state["restful"].items():
-        live.restful[name]["state"] = dict(moments)
 
 
 def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
