@@ -29,7 +29,7 @@ from .options import (
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    from ..comparison.compare import Comparison
+    pass
 
 Arms = Annotated[
     Optional[list[str]],  # noqa: UP045 - evaluated by Typer
@@ -97,10 +97,18 @@ def compare(
         with progress.waiting("starting"):
             from ..comparison.compare import compare as run_arms
         found = run_arms(
-            chosen, arms, seeds=seeds, out=out, metric=metric, margin=margin, tune=grid or None,
-            device=device, threads=threads, progress=progress,
+            chosen,
+            arms,
+            seeds=seeds,
+            out=out,
+            metric=metric,
+            margin=margin,
+            tune=grid or None,
+            device=device,
+            threads=threads,
+            progress=progress,
             command=shlex.join(["outlay", *typed]),
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         progress.close()
         again = shlex.join(["outlay", *typed])
@@ -136,12 +144,17 @@ def show(found: dict[str, Any]) -> None:
             "Arms",
             ("arm", "trainable", "seeds", "mean", "interval"),
             [
-                (a["name"], screen.amount(a["trainable"]), a["seeds"], _figure(a["mean"]),
-                 _interval(a["interval"]))
+                (
+                    a["name"],
+                    screen.amount(a["trainable"]),
+                    a["seeds"],
+                    _figure(a["mean"]),
+                    _interval(a["interval"]),
+                )
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
-        )  # fmt: skip
+        )
     )
     if found["arms"]:
         out.print(f"metric: {found['arms'][0]['metric']}\n", markup=False)
@@ -150,13 +163,18 @@ def show(found: dict[str, Any]) -> None:
             "Paired differences (simultaneous intervals)",
             ("pair", "difference", "interval", "p (Holm)", "p (sign flip)", "could have seen"),
             [
-                (f"{p['a']} - {p['b']}", _figure(p["difference"], True),
-                 _interval(p["interval"], True), _figure(p["p_holm"]),
-                 _figure(p["p_sign_flip"]), _figure(p["detectable"]))
+                (
+                    f"{p['a']} - {p['b']}",
+                    _figure(p["difference"], True),
+                    _interval(p["interval"], True),
+                    _figure(p["p_holm"]),
+                    _figure(p["p_sign_flip"]),
+                    _figure(p["detectable"]),
+                )
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),
-        )  # fmt: skip
+        )
     )
     for v in found["verdicts"]:
         out.print(
