@@ -38,7 +38,7 @@ def factor_cost(shapes: Mapping[str, tuple[int, int]]) -> Cost:
 
 
 def allocate_ranks(
-    spectra: Mapping[str, Float[Tensor, " k"]],
+    spectra: Mapping[str, Float[Tensor, "_"]],
     budget: float,
     r_min: int = 1,
     r_max: int | None = None,
