@@ -95,7 +95,7 @@ def test_unequal_budgets_are_never_ranked():
     assert result["verdicts"] == result["ties"] == []
     assert result["outcome"] == "not_ranked"
     assert result["pairs"][0]["outcome"] == "unequal_budget"
-    assert "100.0 and 150.0 steps" in result["pairs"][0]["sentence"]
+    assert "100 and 150 steps" in result["pairs"][0]["sentence"]
     assert result["pairs"][0]["p_holm"] is None
     close = {"a": {"steps": 100}, "b": {"steps": 100.5}}
     assert judge(table, metric="accuracy", spent=close)["outcome"] == "ranked"
@@ -109,7 +109,9 @@ def test_an_unequal_pair_does_not_stop_the_equal_ones():
     result = judge(table, metric="accuracy", spent=spent)
     assert [(v["better"], v["worse"]) for v in result["verdicts"]] == [("a", "b")]
     assert result["comparisons"] == 1
-    assert len(result["sentences"]) == 2
+    assert result["sentences"] == [
+        "c is not ranked against any other arm: budgets differ (10 and 20 tokens)."
+    ]
 
 
 def test_a_failed_run_is_not_dropped_but_stops_the_ranking_of_its_arm():

@@ -18,6 +18,16 @@ def clipped(text: str, width: float) -> str:
     return text if len(text) <= room else text[: room - 1].rstrip() + "…"
 
 
+def clipped_pair(first: str, second: str, width: float) -> str:
+    """`first − second` in `width` px, cutting the longer name first so that both stay known."""
+    room = int(width / CHARACTER) - 3
+    if len(first) + len(second) > room:
+        half = room // 2
+        keep = max(half, room - min(len(first), len(second)))
+        first, second = (clipped(name, keep * CHARACTER + 0.1) for name in (first, second))
+    return f"{first} {MINUS} {second}"
+
+
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     raw = (high - low) / max(1, count)

@@ -16,6 +16,7 @@ from .axes import (
     Box,
     Scale,
     clipped,
+    clipped_pair,
     linear_ticks,
     log_ticks,
     padded,
@@ -46,12 +47,14 @@ def forest(
     names = [f"{pair['a']} {MINUS} {pair['b']}" for pair in shown]
     longest = max((len(name) for name in names), default=0)
     left = 12.0 if narrow else min(300.0, longest * CHARACTER + 20)
-    right = width - (12.0 if narrow else 178.0)
+    texts = [_difference_text(pair) for pair in shown]
+    written = max((len(text) for text in texts), default=0)
+    right = width - (12.0 if narrow else written * CHARACTER + 14)
     row, top = (40.0, 30.0) if narrow else (26.0, 30.0)
     low, high = _difference_range(shown, margin)
     scale = Scale(low, high, left, right)
     rows = []
-    for number, (pair, name) in enumerate(zip(shown, names)):
+    for number, (pair, name, text) in enumerate(zip(shown, names, texts)):
         middle = top + row * (number + 0.5) + (8 if narrow else 0)
         interval = pair.get("interval")
         ends = None
@@ -61,14 +64,13 @@ def forest(
                 "x1": scale(inside[0]), "x2": scale(inside[1]),
                 "more_left": interval[0] < low, "more_right": interval[1] > high,
             }  # fmt: skip
-        text = signed(pair["difference"])
-        if interval:
-            text += f"  [{signed(interval[0])}, {signed(interval[1])}]"
         rows.append(
             {
                 "y": round(middle, 1),
                 "label_y": round(middle - 15, 1) if narrow else round(middle + 4, 1),
-                "label": clipped(name, right - left - 62 if narrow else left - 16),
+                "label": clipped_pair(
+                    pair["a"], pair["b"], right - left - 70 if narrow else left - 16
+                ),
                 "x": scale(min(max(pair["difference"], low), high)),
                 "ends": ends,
                 "outcome": pair.get("outcome", ""),
@@ -87,6 +89,12 @@ def forest(
         "right_better": "first better" if higher else "second better",
         "dropped": max(0, sum(p.get("difference") is not None for p in pairs) - MOST_ROWS),
     }  # fmt: skip
+
+
+def _difference_text(pair: Mapping[str, Any]) -> str:
+    interval = pair.get("interval")
+    ends = f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else ""
+    return signed(pair["difference"]) + ends
 
 
 def _difference_range(

@@ -131,11 +131,11 @@ def _columns(points: Floats) -> dict[str, list[list[float]]]:
 
 
 def _mean(arm: int, curves: list[Floats]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, at no more than `BUCKETS` places."""
+    """Mean and standard deviation over seeds; long curves averaged within `BUCKETS` stretches."""
     steps = [points[:, 0] for points in curves]
     if all(np.array_equal(steps[0], other) for other in steps[1:]):
         stacked = np.stack(curves)
-        if stacked.shape[1] > BUCKETS:
+        if stacked.shape[1] > 2 * BUCKETS:
             starts = np.linspace(0, stacked.shape[1], BUCKETS, endpoint=False).astype(int)
             sizes = np.diff(np.append(starts, stacked.shape[1]))
             stacked = np.add.reduceat(stacked, starts, axis=1) / sizes[None, :, None]

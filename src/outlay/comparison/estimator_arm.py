@@ -32,13 +32,10 @@ def fit_arm(estimator: Any, materials: Materials, recipe: Recipe, folder: Path) 
     estimator.fit(texts, labels, _text_rows(materials, "validation"))
     seconds = time.perf_counter() - started
     metrics: dict[str, float] = {}
-    count = len(materials.labels or ())
-    order = [list(estimator.classes_).index(k) for k in range(count)]
     for split in recipe.evaluate.splits:
         rows, truth = _text_rows(materials, split)
         if rows:
-            probabilities = estimator.predict_proba(rows)[:, order]
-            measured = classification_metrics(np.asarray(probabilities), np.asarray(truth))
+            measured = classification_metrics(list(estimator.predict(rows)), truth)
             metrics |= {f"{split}/{key}": value for key, value in measured.items()}
     weights = np.ascontiguousarray(estimator.model_.coef_, dtype="<f8").tobytes()
     meter = {
@@ -53,4 +50,5 @@ def fit_arm(estimator: Any, materials: Materials, recipe: Recipe, folder: Path) 
 
 def _text_rows(materials: Materials, split: str) -> tuple[list[str], list[int]]:
     rows = materials.rows[split]
-    return [row["text"] for row in rows], [int(row["label"]) for row in rows]
+    index = materials.labels.label2id
+    return [row["text"] for row in rows], [index[row["label"]] for row in rows]

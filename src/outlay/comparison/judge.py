@@ -102,7 +102,8 @@ def judge(
         - `arms`: `{name, trainable, seeds, metric, mean, interval, spread, outcome, sentence}`
           in the order given; `interval` simultaneous over arms, None without spread.
         - `pairs`: `{a, b, seeds, difference, interval, spread, p, p_holm, p_sign_flip, p_floor,
-          detectable, outcome, sentence}`, with `interval_items` where items were given.
+          detectable, outcome, sentence, reason}`, with `interval_items` where items were given;
+          `reason` says why a pair was not tested.
         - `verdicts`: `{better, worse, difference, interval}` of the separated pairs.
         - `ties`: groups (two arms or more) none of which is separated from another, see
           `statistics.tie_groups`; pairs that could not be tested tie nothing.
@@ -211,22 +212,18 @@ def _arm(question: Question, name: str, trainable: Mapping[str, int | None]) -> 
 
 
 def _refusal(question: Question, a: str, b: str) -> tuple[str, str] | None:
-    """Why a pair cannot be tested, as outcome and sentence; None if it can."""
+    """Why a pair cannot be tested, as outcome and reason; None if it can be."""
     failing = [name for name in (a, b) if question.failed[name]]
     if failing:
-        return "failed_run", (
-            f"{a} and {b} are not ranked: {listed(failing)} failed at "
-            f"{seeds_text(sorted({s for name in failing for s in question.failed[name]}))}."
-        )
+        seeds = sorted({seed for name in failing for seed in question.failed[name]})
+        return "failed_run", f"{listed(failing)} failed at {seeds_text(seeds)}"
     unequal = _unequal_budget(question, a, b)
     if unequal:
-        return "unequal_budget", f"{a} and {b} are not ranked: budgets differ ({unequal})."
+        return "unequal_budget", f"budgets differ ({unequal})"
     shared = question.table[a].keys() & question.table[b].keys()
     if len(shared) < 2:
-        return "too_few_seeds", (
-            f"{a} and {b} are not ranked: they share {counted(len(shared), 'seed')}, "
-            "and at least two are needed."
-        )
+        seeds_shared = counted(len(shared), "seed")
+        return "too_few_seeds", f"they share {seeds_shared}, and at least two are needed"
     return None
 
 
@@ -237,7 +234,7 @@ def _unequal_budget(question: Question, a: str, b: str) -> str:
             return f"{unit} known for one of them only"
         for x, y in _amounts(first[unit], second[unit]):
             if not abs(x - y) <= question.tolerance * max(abs(x), abs(y)):
-                return f"{significant(x, 4)} and {significant(y, 4)} {unit}"
+                return f"{min(x, y):,.6g} and {max(x, y):,.6g} {unit}"
     return ""
 
 
@@ -261,11 +258,12 @@ def _pair(question: Question, a: str, b: str, seed: int) -> dict[str, Any]:
         "a": a, "b": b, "seeds": len(seeds),
         "difference": float(differences.mean()) if seeds else None, "interval": None,
         "spread": None, "p": None, "p_holm": None, "p_sign_flip": None, "p_floor": None,
-        "detectable": None, "outcome": "", "sentence": "",
+        "detectable": None, "outcome": "", "sentence": "", "reason": "",
     }  # fmt: skip
     refusal = _refusal(question, a, b)
     if refusal:
-        pair["outcome"], pair["sentence"] = refusal
+        pair["outcome"], pair["reason"] = refusal
+        pair["sentence"] = f"{a} and {b} are not ranked: {pair['reason']}."
         return pair
     pair["p_sign_flip"] = st.sign_flip_test(differences, seed=seed)
     pair["p_floor"] = st.sign_flip_floor(len(seeds))

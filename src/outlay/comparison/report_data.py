@@ -1,7 +1,6 @@
 """What a report is made from, and the checks that it gets before anything is written."""
 
-from __future__ import annotations
-
+# No postponed annotations here: TypedDict reads NotRequired from the annotations themselves.
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -59,6 +58,8 @@ class ReportData(TypedDict):
         sentence: The headline; default: a description.
         sentences: What else must be said.
         alpha: As given to `judge`; default 0.05.
+        power: As given to `judge`.
+        comparisons: As from `judge`.
         margin: As given to `judge`.
         recipes: Arm to its resolved recipe as YAML text.
         versions: Package to version.
@@ -81,6 +82,8 @@ class ReportData(TypedDict):
     sentence: NotRequired[str]
     sentences: NotRequired[Sequence[str]]
     alpha: NotRequired[float]
+    power: NotRequired[float]
+    comparisons: NotRequired[int]
     margin: NotRequired[float | None]
     recipes: NotRequired[Mapping[str, str]]
     versions: NotRequired[Mapping[str, str]]
@@ -108,7 +111,7 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
             f"a report lacks {', '.join(sorted(missing))}",
             "see outlay.comparison.report_data.ReportData for what it is made from",
         )
-    unknown = sorted(set(data) - set(ReportData.__annotations__) - {"power", "comparisons"})
+    unknown = sorted(set(data) - set(ReportData.__annotations__))
     if unknown:
         raise ConfigError(f"a report has no {', '.join(unknown)}", "leave it out, or put a note")
     if not data["runs"]:

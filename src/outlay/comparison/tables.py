@@ -102,18 +102,25 @@ def arms_table(data: Mapping[str, Any], meters: Mapping[str, Mapping[str, float]
                 "letters are not ranks.", numeric=False,
             )
         )  # fmt: skip
+    several = any(arm["seeds"] > 1 for arm in data["arms"])
+    order = " Rows are sorted by it, which is not a ranking." if len(names) > 1 else ""
     columns += [
         Column(
-            "mean", f"Mean {data['metric']}", f"Mean over seeds; {better} is better. Rows are "
-            "sorted by it, which is not a ranking.", significant,
-        ),
-        Column(
-            "interval", f"{level} interval", f"t interval of the mean over seeds, simultaneous "
-            f"for all arms at {level}. For telling arms apart use the paired differences: "
-            "arms share seeds.", between,
-        ),
-        Column("seeds", "Seeds", "Runs that finished.", str),
+            "mean", f"{'Mean ' if several else ''}{data['metric']}",
+            f"{'Mean over seeds' if several else 'Final value'}; {better} is better.{order}",
+            significant,
+        )
     ]  # fmt: skip
+    intervals = any(arm.get("interval") for arm in data["arms"])
+    if intervals:
+        columns.append(
+            Column(
+                "interval", f"{level} interval", "t interval of the mean over seeds, simultaneous "
+                f"for all arms at {level}. For telling arms apart use the paired differences: "
+                "arms share seeds.", between,
+            )
+        )  # fmt: skip
+    columns.append(Column("seeds", "Seeds", "Runs that finished.", str))
     for key in shown:
         text = meter_text(key)
         columns.append(Column(key, text.label, text.explanation, text.write))
@@ -124,7 +131,7 @@ def arms_table(data: Mapping[str, Any], meters: Mapping[str, Mapping[str, float]
             row.append(
                 " ".join(letter for letter, group in letters if arm["name"] in group) or None
             )
-        row += [arm["mean"], arm.get("interval"), arm["seeds"]]
+        row += [arm["mean"], *([arm.get("interval")] if intervals else []), arm["seeds"]]
         rows.append(row + [meters[key].get(arm["name"]) for key in shown])
     return Table("arms", columns, rows)
 
@@ -179,7 +186,7 @@ def pairs_table(data: Mapping[str, Any]) -> Table:
         ),
         Column(
             "detectable", "Detectable", "True difference that would have been found with "
-            "probability 0.8, from this pair's own spread.", significant,
+            f"probability {data.get('power', 0.8):g}, from this pair's own spread.", significant,
         ),
         Column(
             "outcome", "Outcome", "What follows from p, margin and budgets.", _outcome_text,

@@ -120,8 +120,22 @@ def _ranked(
 def remarks(arms: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> list[str]:
     """Sentences that a reader must not miss: failed runs, missing seeds, budgets, no spread."""
     said = [arm["sentence"] for arm in arms if arm["sentence"]]
-    special = ("unequal_budget", "too_few_seeds", "identical", "constant_difference")
-    return said + [pair["sentence"] for pair in pairs if pair["outcome"] in special]
+    special = [
+        pair
+        for pair in pairs
+        if pair["outcome"]
+        in ("unequal_budget", "too_few_seeds", "identical", "constant_difference")
+    ]
+    # An arm that fits none of the others is said once, not once for each of them.
+    for name in (arm["name"] for arm in arms):
+        own = [pair for pair in special if name in (pair["a"], pair["b"])]
+        reasons = {pair["reason"] for pair in own}
+        others = sum(pair["outcome"] != "failed_run" and name in (pair["a"], pair["b"])
+                     for pair in pairs)  # fmt: skip
+        if len(own) == others > 1 and len(reasons) == 1 and reasons != {""}:
+            said.append(f"{name} is not ranked against any other arm: {reasons.pop()}.")
+            special = [pair for pair in special if pair not in own]
+    return said + [pair["sentence"] for pair in special]
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -41,6 +41,7 @@ from .adapted import (
     unwrap_adapters,
     wraps,
 )
+from .placement import moved
 from .targets import head_modules, linear_shape, match_modules
 
 
@@ -188,7 +189,7 @@ def insert_deltas(
         if freeze:
             layer.requires_grad_(False)
         wrapper.unmerge()
-        wrapper.deltas[adapter_name] = delta.to(base_device(layer)).train(layer.training)
+        wrapper.deltas[adapter_name] = moved(delta, base_device(layer)).train(layer.training)
         wrapper.methods[adapter_name] = method
         wrapper.active = (*wrapper.active, adapter_name)
     leave_fast_path(model)

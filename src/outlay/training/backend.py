@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, MissingExtra
 from ..core.losses import Batch
+from ..nn.placement import moved
 
 
 class OneDevice:
@@ -46,7 +47,7 @@ class OneDevice:
     def place(self, thing: Any) -> Any:
         """Move a module, a tensor or every tensor of a batch to the device."""
         if isinstance(thing, nn.Module):
-            return thing.to(self.device, self.dtype)
+            return moved(thing, self.device, self.dtype)
         if isinstance(thing, Tensor):
             floating = thing.is_floating_point()
             return thing.to(self.device, self.dtype if floating else thing.dtype)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from ..core.errors import CheckpointError, ConfigError
+from ..core.errors import CheckpointError
 from ..core.meter import Meter
 from ..core.method import Step
 from . import checkpoint
 from .assemble import Assembly
 from .evaluate import evaluate, main_metric
 from .log import Log
+from .tokens import token_bytes
 
 
 class Progress(Protocol):
@@ -66,8 +67,10 @@ class Keeper:
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
         assembly.loop.marks = checkpoint.buffer_marks(assembly.model, assembly.objective)
-        metric, self.higher = main_metric(self.recipe.task)
-        self.metric = self.recipe.evaluate.metric or metric
+        self.metric, self.higher = main_metric(self.recipe.task, self.recipe.evaluate.metric)
+        self.items: dict[str, dict[str, list[Any]]] = {}
+        of_tokens = self.recipe.task in ("causal-language-modeling", "sequence-to-sequence")
+        self._bytes = token_bytes(assembly.tokenizer) if of_tokens else None
 
     def on_step(self, step: Step, values: dict[str, Any]) -> None:
         """Log and show."""
@@ -94,11 +97,7 @@ class Keeper:
     def _evaluated(self, step: Step) -> bool:
         metrics = self.assembly.loop.evaluating("validation", lambda: self.measure("validation"))
         self.log.log({f"validation/{k}": v for k, v in metrics.items()}, step.index)
-        value = metrics.get(self.metric)
-        if value is None:
-            raise ConfigError(
-                f"evaluate.metric = {self.metric!r} is not measured", f"use one of {list(metrics)}"
-            )
+        value = metrics[self.metric]
         if self.best is None or (value > self.best if self.higher else value < self.best):
             self.best, self.since_best = value, 0
             if self.recipe.evaluate.keep_best:
@@ -115,15 +114,17 @@ class Keeper:
         """Metrics of one split; costs are not charged."""
         assembly = self.assembly
         source = assembly.objective.export_source(assembly.model)
-        metrics, _ = evaluate(
+        found = evaluate(
             source,
             assembly.plain,
             assembly.batches(split),
-            task=self.recipe.task,
-            labels=self.labels,
-            bound=assembly.loop.gradients.bound,
+            self.recipe.task,
+            self.labels,
+            around=assembly.loop.gradients.bound,
+            token_bytes=self._bytes,
         )
-        return metrics
+        self.items[split] = found.table
+        return found.metrics
 
     def measure_all(self) -> dict[str, float]:
         """Metrics of every split that the recipe names, as `split/metric`."""

@@ -56,7 +56,7 @@ class Materials:
 
         Args:
             recipe: Names the model and the seed of its head.
-            hollow: Shapes without values, for use under fake tensors.
+            hollow: On the meta device: shapes without values.
         """
         if isinstance(recipe.model, nn.Module):
             return copy.deepcopy(recipe.model)
@@ -70,9 +70,6 @@ class Materials:
             length=recipe.batch.length,
             meta=hollow,
         )
-        if hollow:
-            model = model.to_empty(device="cpu")
-            getattr(model, "tie_weights", lambda: None)()
         if self.added:
             tokens.grow_tokens(model, self.tokenizer, self.added, recipe.seed)
         return model

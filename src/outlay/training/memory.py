@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -66,7 +67,10 @@ def measured_peak(work: Callable[[], None], backend: OneDevice, held: Iterable[T
 
     resident = LiveBytes()
     resident.hold(*held)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _quiet_descriptors(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         work()
     running = largest = 0
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -75,6 +79,21 @@ def measured_peak(work: Callable[[], None], backend: OneDevice, held: Iterable[T
             running += event.nbytes()
             largest = max(largest, running)
     return resident.now + largest
+
+
+@contextlib.contextmanager
+def _quiet_descriptors() -> Iterator[None]:
+    """Swallow what the profiler's own library prints past Python."""
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        for stream, _ in kept:
+            os.dup2(nowhere.fileno(), stream)
+        try:
+            yield
+        finally:
+            for stream, copy in kept:
+                os.dup2(copy, stream)
+                os.close(copy)
 
 
 def free_bytes(backend: OneDevice) -> int:

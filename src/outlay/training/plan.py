@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.budget import Budget
@@ -105,8 +105,9 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
     backend = OneDevice(device, recipe.precision)
     shapes = _drawn_shapes(recipe, materials)
     widest = max(shapes, key=lambda item: item.cells)
-    with _fake():
-        assembly = _assembled(recipe, materials, backend)
+    hollow = materials.model(recipe, hollow=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assembly = _assembled(recipe, materials, backend, _faked(hollow, backend.device))
         params = _parameters(assembly)
         memory = _memory(assembly, widest.batch, recipe)
         flops = {shape.key: _flops(assembly, shape.batch) for shape in _some(shapes)}
@@ -201,16 +202,31 @@ def _spread(shapes: list[_Shape], known: dict[Any, float]) -> dict[Any, float]:
 # ---- the fake run --------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _fake() -> Iterator[None]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+def _faked(model: nn.Module, device: torch.device) -> nn.Module:
+    """Fake tensors in place of the model's own, ties kept; call under fake mode."""
+    made: dict[int, Tensor] = {}
+
+    def fake(value: Tensor) -> Tensor:
+        if id(value) not in made:
+            blank = torch.empty(value.shape, dtype=value.dtype, device=device)
+            is_parameter = isinstance(value, nn.Parameter)
+            made[id(value)] = nn.Parameter(blank, value.requires_grad) if is_parameter else blank
+        return made[id(value)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, value in held.items():
+                if value is not None:
+                    held[key] = fake(value)  # type: ignore[assignment]
+    return model
 
 
-def _assembled(recipe: Recipe, materials: Materials, backend: OneDevice) -> Assembly:
+def _assembled(
+    recipe: Recipe, materials: Materials, backend: OneDevice, model: nn.Module
+) -> Assembly:
     return assemble(
         recipe,
-        model=materials.model(recipe, hollow=True),
+        model=model,
         tokenizer=materials.tokenizer,
         objective=lambda requests: materials.objective(recipe, requests),
         train=materials.train,

@@ -192,7 +192,7 @@ def _write_recipe(folder: Path, recipe: Recipe, materials: Materials) -> None:
         "version": __version__,
         "torch": torch.__version__,
         "counts": materials.counts,
-        "labels": list(materials.labels or ()),
+        "labels": list(materials.labels.names),
     }
     checkpoint.write_json(folder / "run.json", facts)
 
@@ -360,7 +360,10 @@ class _Runner:
             return assembly, "stopped", {}
         _refuse_idle(assembly)
         keeper.finish()
-        return assembly, "done", keeper.measure_all()
+        metrics = keeper.measure_all()
+        for split, table in keeper.items.items():
+            _write_items(self.folder / f"items-{stage.name}-{split}.parquet", table)
+        return assembly, "done", metrics
 
     def _leave(
         self, assembly: Assembly, stage: StageSpec, last: bool, metrics: dict[str, float]
@@ -404,6 +407,16 @@ class _Runner:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _write_items(path: Path, table: dict[str, list[Any]]) -> None:
+    """What every row of a split got: ids, losses, predictions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    spare = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.table(table), spare)
+    spare.rename(path)
 
 
 def transfer(model: nn.Module, state: dict[str, Tensor]) -> dict[str, list[str]]:

@@ -163,7 +163,7 @@
     all("[data-readout]").forEach((output) => {
       const m = curves.means[state.curve].find((entry) => entry.arm === Number(output.dataset.readout));
       const x = m && m[state.x];
-      if (at === null || !x || at < x[0] || at > x[x.length - 1]) {
+      if (at === null || !x || state.hide.has(m.arm) || at < x[0] || at > x[x.length - 1]) {
         output.textContent = "";
         return;
       }
