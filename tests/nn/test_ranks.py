@@ -85,7 +85,7 @@ def test_budgets_hold_and_more_never_takes_away(
     cost = {"r": linear_cost, "rr": square_cost, "f": factor_cost(shapes)}[price]
     least = sum(cost(n, 2) for n in spectra)
     before = dict.fromkeys(spectra, 2)
-    for budget in (least, least + 3.5, least * 1.5, least * 3, least * 20):
+    for budget in sorted((least, least + 3.5, least * 1.5, least * 3, least * 20)):
         ranks = allocate_ranks(spectra, budget, 2, 6, step, policy, cost)
         assert sum(cost(n, r) for n, r in ranks.items()) <= budget * (1 + 1e-9)
         assert all(before[n] <= r <= 6 and r % step == 0 for n, r in ranks.items())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_kit import gpt2
-from torch import Tensor, nn
+from spectral_kit import Quantized, random
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from outlay.core.errors import ConfigError, Conflict, NonFinite
@@ -26,11 +27,7 @@ from outlay.nn.svd import (
 )
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def hilbert(n: int) -> Tensor:
+def hilbert(n: int) -> torch.Tensor:
     index = torch.arange(n, dtype=torch.float64)
     return 1 / (index[:, None] + index[None, :] + 1)
 
@@ -239,22 +236,6 @@ def test_spectral_energy_of_a_weight() -> None:
 
 
 # ---- weights as matrices -------------------------------------------------------------------------
-
-
-class Quantized(nn.Linear):
-    """A linear layer over an 8-bit weight."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features)
-        self.exact = layer.weight.detach()
-        store = torch.quantize_per_tensor(
-            self.exact, float(self.exact.abs().max()) / 127, 0, torch.qint8
-        )
-        self.weight = nn.Parameter(store, requires_grad=False)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.dequantize().to(x.dtype), self.bias)
 
 
 def test_every_kind_of_layer_is_a_matrix() -> None:

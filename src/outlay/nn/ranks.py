@@ -43,7 +43,7 @@ def allocate_ranks(
     r_min: int = 1,
     r_max: int | None = None,
     multiple_of: int = 1,
-    policy: Policy = "greedy_energy",
+    policy: str = "greedy_energy",
     cost: Cost = linear_cost,
 ) -> dict[str, int]:
     r"""Give each matrix a rank so that all together cost at most the budget.
