@@ -56,8 +56,7 @@ Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split; "
-        '"recipe" takes the grid that comes with the recipe.',
+        help="Tune a setting over a grid, equally for every arm, on the validation split; the word recipe takes the recipe's own grid.",
     ),
 ]
 
@@ -105,19 +104,10 @@ def compare(
         with progress.waiting("starting"):
             from ..comparison.compare import compare as run_arms
         found = run_arms(
-            chosen,
-            arms,
-            seeds=seeds,
-            out=out,
-            metric=metric,
-            margin=margin,
-            tune=grid or None,
-            device=device,
-            threads=threads,
-            progress=progress,
-            command=shlex.join(["outlay", *typed]),
-            notes=notes,
-        )
+            chosen, arms, seeds=seeds, out=out, metric=metric, margin=margin, tune=grid or None,
+            device=device, threads=threads, progress=progress,
+            command=shlex.join(["outlay", *typed]), notes=notes,
+        )  # fmt: skip
     except KeyboardInterrupt:
         progress.close()
         again = shlex.join(["outlay", *typed])
@@ -163,7 +153,7 @@ def show(found: dict[str, Any]) -> None:
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
-        )
+        )  # fmt: skip
     )
     if found["arms"]:
         out.print(f"metric: {found['arms'][0]['metric']}\n", markup=False)
@@ -183,7 +173,7 @@ def show(found: dict[str, Any]) -> None:
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),
-        )
+        )  # fmt: skip
     )
     for v in found["verdicts"]:
         out.print(
