@@ -97,10 +97,11 @@ def load_model(
     """
     labels = labels or Labels()
     folder = _folder(spec, base)
-    is_text = task != "image-classification"
-    if is_text and tokenizer is None:
+    config = None if folder is None else _config(folder)
+    if task != "image-classification" and tokenizer is None:
         tokenizer = _tokenizer(spec, folder, base)
-    config = _scratch(spec, task, labels, tokenizer, length) if folder is None else _config(folder)
+    if config is None:
+        config = _scratch(spec, task, labels, tokenizer, length)
     _check(config, spec, task, labels, tokenizer, length)
     saved = dict(config.id2label or {})
     _settle(config, spec, task, labels, tokenizer)
@@ -413,4 +414,7 @@ def _checkpoint_gradients(model: nn.Module) -> None:
             f"{type(model).__name__} has no gradient checkpointing",
             "set model.gradient_checkpointing to false",
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # The name changed within the versions of transformers that are supported.
+    name = "activation_checkpointing_enable"
+    name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})
