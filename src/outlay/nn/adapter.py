@@ -1,186 +1,48 @@
-"""A layer with adapters around a frozen base layer, and the method base that puts them there.
+"""The method base that puts adapters into a model and takes them out again.
 
-An adapter method writes one `Delta` module (what is added to the layer's output, and the same
-as a weight) and `make`, which builds it for one layer. Wrapping, freezing, switching, merging
-and export are here, once.
+An adapter method writes one `Delta` module (what is added to a layer's output, and the same as
+a weight) and `make`, which builds it for one layer. Finding, wrapping, freezing and export are
+here; the layer itself, switching and merging are in `adapted`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Len
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.claims import Claim
 from ..core.errors import ConfigError, Conflict, nearest
 from ..core.method import Context, Method
-from .targets import is_conv1d, linear_shape, match_modules
-
-DEFAULT = "default"
-
-
-class Delta(nn.Module):
-    """What one adapter adds to one layer.
-
-    Attributes:
-        multiplicative: True if the delta depends on the base weight's value.
-    """
-
-    multiplicative = False
-
-    def forward(
-        self, x: Float[Tensor, "*batch in"], base: nn.Module
-    ) -> Float[Tensor, "*batch out"]:
-        """What is added to `base(x)`."""
-        raise NotImplementedError
-
-    def weight(self, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The same as a weight, given the base weight."""
-        raise NotImplementedError
-
-    def to_lora(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]] | None:
-        """(A, B) with `weight == B @ A` exactly, or None where the delta is not low-rank."""
-        return None
-
-
-class AdaptedLayer(nn.Module):
-    """A linear layer (or `Conv1D`, or convolution) with named adapters.
-
-    Attributes:
-        base_layer: The frozen layer.
-        deltas: Adapters by name.
-        active: Names of the adapters that act, in order.
-        merged: Names whose delta is folded into the base weight.
-    """
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.deltas = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self._kept: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, as stored."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
-
-    def base_weight(self) -> Float[Tensor, "out in"]:
-        """The base weight as (out, in), whatever the layer stores."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight.T if is_conv1d(self.base_layer) else weight.flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Base output plus what the active, unmerged adapters add."""
-        out = self.base_layer(x)
-        for name in self.active:
-            if name not in self.merged:
-                out = out + self.deltas[name](x, self.base_layer)
-        return out
-
-    def merge(self) -> None:
-        """Fold the active adapters into the base weight, in order, in float32 or wider."""
-        for name in self.active:
-            if name in self.merged:
-                continue
-            delta = self.deltas[name]
-            assert isinstance(delta, Delta)
-            with torch.no_grad():
-                if self._kept is None:
-                    self._kept = self.base_layer.weight.detach().clone()  # type: ignore[union-attr]
-                base = self.base_weight()
-                wide = base.double() if base.dtype == torch.float64 else base.float()
-                self._write((wide + delta.weight(wide)).to(base.dtype))
-            self.merged = (*self.merged, name)
-
-    def unmerge(self) -> None:
-        """Restore the base weight bit for bit from the copy kept by `merge`."""
-        if self._kept is not None:
-            with torch.no_grad():
-                self.base_layer.weight.copy_(self._kept)  # type: ignore[union-attr]
-        self._kept, self.merged = None, ()
-
-    def _write(self, weight: Tensor) -> None:
-        stored = self.base_layer.weight
-        assert isinstance(stored, Tensor)
-        stored.copy_(weight.T if is_conv1d(self.base_layer) else weight.reshape(stored.shape))
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """All adapted layers by path."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
-
-
-def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of all adapters in a model."""
-    return tuple(dict.fromkeys(n for m in adapted_layers(model).values() for n in m.deltas))
-
-
-def set_adapter(model: nn.Module, *names: str) -> None:
-    """Let the named adapters act, in this order, and no others.
-
-    Raises:
-        ConfigError: If no layer has an adapter of that name.
-    """
-    known = adapter_names(model)
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"no adapter {name!r}", f"{nearest(name, known)}the model has {', '.join(known)}"
-            )
-    for layer in adapted_layers(model).values():
-        layer.active = tuple(name for name in names if name in layer.deltas)
-
-
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model answers as its base does."""
-    layers = adapted_layers(model)
-    active = {name: layer.active for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.active = ()
-        yield model
-    finally:
-        for name, layer in layers.items():
-            layer.active = active[name]
-
-
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Fold every active adapter into its base weight, in place."""
-    for layer in adapted_layers(model).values():
-        layer.merge()
-    return model
-
-
-def unmerge_adapters(model: nn.Module) -> nn.Module:
-    """Undo `merge_adapters` bit for bit."""
-    for layer in adapted_layers(model).values():
-        layer.unmerge()
-    return model
-
-
-def unwrap_adapters(model: nn.Module) -> nn.Module:
-    """Merge, then put plain base layers back where adapted layers stood."""
-    merge_adapters(model)
-    for path, layer in adapted_layers(model).items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.base_layer)
-    return model
+from .adapted import (
+    DEFAULT,
+    AdaptedLayer,
+    Delta,
+    adapted_layers,
+    adapter_names,
+    apply_weight,
+    as_matrix,
+    bare,
+    base_device,
+    delta_dtype,
+    disable_adapters,
+    fusable,
+    leave_fast_path,
+    merge_adapters,
+    original_name,
+    plain_layer,
+    set_adapter,
+    swap,
+    unmerge_adapters,
+    unwrap_adapters,
+    wraps,
+)
+from .placement import moved
+from .targets import head_modules, linear_shape, match_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +57,9 @@ class AdapterMethod(Method):
         adapter_name: Name under which the deltas stand, for switching.
     """
 
-    target_modules: str | Annotated[tuple[str, ...], Len(1)] = "all-linear"
-    layers_to_transform: tuple[int, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: str | Annotated[tuple[str, ...], Len(1)] | list[str] = "all-linear"
+    layers_to_transform: tuple[int, ...] | list[int] | None = None
+    modules_to_save: tuple[str, ...] | list[str] = ()
     adapter_name: str = DEFAULT
 
     @abstractmethod
@@ -207,6 +69,22 @@ class AdapterMethod(Method):
     def kinds(self) -> tuple[type[nn.Module], ...]:
         """Layer types beside linear ones that the method can adapt."""
         return ()
+
+    def to_peft(
+        self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]
+    ) -> dict[str, Any] | None:
+        """Entries of the PEFT config that means the same, `peft_type` among them, or None.
+
+        Args:
+            deltas: This method's deltas by the original path of their layer.
+            layers: The plain layers by the same paths; PEFT does not take every kind everywhere.
+        """
+        return None
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> AdapterMethod | None:
+        """The settings that a PEFT config of the same method means, or None."""
+        return None
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """Plain layers that the method adapts, by original path."""
@@ -221,39 +99,22 @@ class AdapterMethod(Method):
             NoEffect: If no module matches.
             Conflict: If a layer already has an adapter of this name.
         """
-        if context is None or not context.freezes:
+        made = {
+            name: self.make(name, layer, context) for name, layer in self.targets(model).items()
+        }
+        by_hand = context is None or not context.freezes
+        if by_hand:
             freeze_base(model, keep=self.trains(model))
-        for name, layer in self.targets(model).items():
-            path = _path(model, layer, name)
-            current = model.get_submodule(path.removesuffix(".base_layer"))
-            if not isinstance(current, AdaptedLayer):
-                parent, _, leaf = path.rpartition(".")
-                current = AdaptedLayer(layer)
-                current.train(layer.training)
-                setattr(model.get_submodule(parent), leaf, current)
-            if self.adapter_name in current.deltas:
-                raise Conflict(
-                    f"layer {name!r} already has an adapter named {self.adapter_name!r}",
-                    "give one of them another adapter_name",
-                )
-            delta = self.make(name, layer, context)
-            current.deltas[self.adapter_name] = delta.to(layer.weight.device)  # type: ignore[arg-type]
-            current.active = (*current.active, self.adapter_name)
-        return model
+        return insert_deltas(model, made, self.adapter_name, self, freeze=by_hand)
 
     def export(self, model: nn.Module) -> nn.Module:
-        """Merge this method's deltas and put plain layers back where nothing else remains."""
-        for path, layer in adapted_layers(model).items():
-            if self.adapter_name in layer.deltas:
-                layer.merge()
-                parent, _, leaf = path.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer.base_layer)
-        return model
+        """Merge every layer that has this method's delta and put its plain layer back."""
+        return unwrap_adapters(model, self.adapter_name)
 
     def deltas(self, model: nn.Module) -> dict[str, Any]:
         """This method's deltas by the original path of their layer."""
         return {
-            path.replace(".base_layer", ""): layer.deltas[self.adapter_name]
+            original_name(path): layer.deltas[self.adapter_name]
             for path, layer in adapted_layers(model).items()
             if self.adapter_name in layer.deltas
         }
@@ -288,55 +149,64 @@ class AdapterMethod(Method):
         return tuple(names)
 
 
+def insert_deltas(
+    model: nn.Module,
+    deltas: Mapping[str, Delta],
+    adapter_name: str = DEFAULT,
+    method: Method | None = None,
+    freeze: bool = True,
+) -> nn.Module:
+    """Wrap layers in place and let their deltas act after those that are already there.
+
+    Args:
+        model: Adapted already or not.
+        deltas: One delta a layer, by the layer's original path.
+        adapter_name: Name under which they stand.
+        method: What made them; kept beside them so that they can be saved.
+        freeze: Freeze the wrapped layers' own parameters.
+
+    Raises:
+        Conflict: If a layer already has an adapter of this name.
+    """
+    wrappers = {
+        id(plain_layer(layer.base_layer)): layer for layer in adapted_layers(model).values()
+    }
+    modules = dict(bare(model).named_modules())
+    for name in deltas:
+        wrapper = wrappers.get(id(modules[name]))
+        if wrapper is not None and adapter_name in wrapper.deltas:
+            raise Conflict(
+                f"layer {name!r} already has an adapter named {adapter_name!r}",
+                "give one of them another adapter_name",
+            )
+    for name, delta in deltas.items():
+        layer = modules[name]
+        wrapper = wrappers.get(id(layer))
+        if wrapper is None:
+            wrapper = wrappers[id(layer)] = AdaptedLayer(layer)
+            wrapper.train(layer.training)
+            model = swap(model, layer, wrapper)
+        if freeze:
+            layer.requires_grad_(False)
+        wrapper.unmerge()
+        wrapper.deltas[adapter_name] = moved(delta, base_device(layer)).train(layer.training)
+        wrapper.methods[adapter_name] = method
+        wrapper.active = (*wrapper.active, adapter_name)
+    leave_fast_path(model)
+    return model
+
+
 def freeze_base(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
     """Freeze everything but adapters, the task's head and the named parameters."""
-    from .targets import head_modules
-
     heads = head_modules(model)
     for name, parameter in model.named_parameters():
-        trains = name in keep or name.split(".")[0] in heads or ".deltas." in name
+        trains = name in keep or name.split(".")[0] in heads or ".deltas." in f".{name}"
         parameter.requires_grad_(trains)
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model itself; adapted layers are looked through by `targets`."""
-    return model if not adapted_layers(model) else _Unwrapped(model)
-
-
-class _Unwrapped(nn.Module):
-    """A view of an adapted model in which every adapted layer shows as its base layer."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)
-        self.base_model_prefix = getattr(model, "base_model_prefix", "")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_model"), name)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
-        """Modules by original path, wrappers and deltas left out."""
-        for name, module in self._model.named_modules():
-            if isinstance(module, AdaptedLayer) or ".deltas" in name:
-                continue
-            yield name.replace(".base_layer", ""), module
-
-
-def _path(model: nn.Module, layer: nn.Module, name: str) -> str:
-    """Current path of a base layer, wrapped or not."""
-    for path, module in model.named_modules():
-        if module is layer:
-            return path
-    raise ConfigError(f"layer {name!r} is not in the model", "adapt the model that was matched")
-
-
-def base_device(layer: nn.Module) -> torch.device:
-    """Where a layer's weight lies."""
-    return layer.weight.device  # type: ignore[union-attr,return-value]
-
-
 __all__ = [
-    "AdaptedLayer", "AdapterMethod", "Delta", "adapted_layers", "adapter_names",
-    "disable_adapters", "freeze_base", "linear_shape", "merge_adapters", "set_adapter",
-    "unmerge_adapters", "unwrap_adapters",
+    "AdaptedLayer", "AdapterMethod", "Delta", "adapted_layers", "adapter_names", "apply_weight",
+    "as_matrix", "bare", "base_device", "delta_dtype", "disable_adapters", "freeze_base",
+    "fusable", "insert_deltas", "linear_shape", "merge_adapters", "original_name",
+    "plain_layer", "set_adapter", "unmerge_adapters", "unwrap_adapters", "wraps",
 ]  # fmt: skip

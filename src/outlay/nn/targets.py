@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import ConfigError, NoEffect, nearest
 
@@ -26,15 +27,18 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Names of the top-level children outside the pre-trained body: the task's head.
 
     A transformers model names its body in `base_model_prefix`; a model without that attribute
-    has no head.
+    has no head. A language model's output embedding is pre-trained, so it is no head either.
     """
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
         return ()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     return tuple(
         name
         for name, child in model.named_children()
-        if name != prefix and next(child.parameters(), None) is not None
+        if name != prefix
+        and next(child.parameters(), None) is not None
+        and not any(module is output for module in child.modules())
     )
 
 
@@ -62,7 +66,8 @@ def match_modules(
     Args:
         model: The original model.
         target_modules: "all-linear" (every linear layer outside the head and the output
-            embedding), a regular expression over the whole path, or names that a path ends in.
+            embedding; in a model without any, every convolution that `kinds` allows), a regular
+            expression over the whole path, or names that a path ends in.
         layers_to_transform: Indices of the repeated blocks to keep; negative ones count from
             the end; None keeps everything.
         kinds: Module types beside linear layers that the method can adapt.
@@ -76,13 +81,17 @@ def match_modules(
     """
     head = head_modules(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = dict(model.named_modules())
+    # Torch's own attention reads the weight of its output projection and never calls it.
+    past = {f"{n}.out_proj" for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
     fits = {
         name: module
-        for name, module in model.named_modules()
-        if (is_linear(module) or isinstance(module, kinds)) and module is not output
+        for name, module in modules.items()
+        if (is_linear(module) or isinstance(module, kinds)) and name not in past
     }
     if target_modules == ALL_LINEAR:
-        found = {n: m for n, m in fits.items() if n.split(".")[0] not in head}
+        body = {n: m for n, m in fits.items() if n.split(".")[0] not in head and m is not output}
+        found = {n: m for n, m in body.items() if is_linear(m)} or body
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
@@ -104,10 +113,28 @@ def match_modules(
         leaves = sorted({name.rpartition(".")[2] for name in fits})
         wanted = target_modules if isinstance(target_modules, str) else ", ".join(target_modules)
         raise NoEffect(
-            f"target_modules = {wanted!r} matches no linear layer of {type(model).__name__}",
+            f"target_modules = {wanted!r} matches no layer of {type(model).__name__} that can "
+            "be adapted",
             f"{nearest(str(wanted), leaves)}it has {', '.join(leaves[:12]) or 'none'}",
         )
     return found
+
+
+def pattern_value(
+    pattern: Sequence[tuple[str, Any]] | Mapping[str, Any], name: str, default: Any
+) -> Any:
+    """The value that a pattern (PEFT's `rank_pattern`) gives to a path.
+
+    Args:
+        pattern: Value by regular expression or name that the path ends in; the first that fits
+            decides.
+        name: Path of a module.
+        default: Value where none fits.
+    """
+    for key, value in pattern.items() if isinstance(pattern, Mapping) else pattern:
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return default
 
 
 def _in_layers(
@@ -131,9 +158,16 @@ def _in_layers(
     return {name: module for name, module in found.items() if name.startswith(prefixes)}
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer, as stored."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    return weight
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear-like layer; a convolution counts in * kernel height * width."""
-    weight = module.weight
+    weight = weight_of(module)
     if is_conv1d(module):
         return weight.shape[1], weight.shape[0]
     return weight.shape[0], weight[0].numel()

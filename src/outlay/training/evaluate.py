@@ -204,18 +204,28 @@ def _metrics(task: str, table: Columns, labels: Labels, nats: float) -> dict[str
     return metrics
 
 
-def _class_metrics(table: Columns) -> dict[str, float]:
-    kept = [i for i, target in enumerate(table["target"]) if target is not None]
-    found = [table["prediction"][i] for i in kept]
-    aims = [table["target"][i] for i in kept]
+def classification_metrics(found: Sequence[Any], aims: Sequence[Any]) -> dict[str, float]:
+    """Accuracy, and F1 averaged over the classes that were said or are there.
+
+    Args:
+        found: Predicted classes.
+        aims: True classes, one for each prediction.
+    """
     scores = []
     for name in {*found, *aims}:
         hits = sum(f == a == name for f, a in zip(found, aims))
-        scores.append(2 * hits / (found.count(name) + aims.count(name)))
+        scores.append(2 * hits / (list(found).count(name) + list(aims).count(name)))
     return {
-        "accuracy": sum(f == a for f, a in zip(found, aims)) / len(kept),
+        "accuracy": sum(f == a for f, a in zip(found, aims)) / len(aims),
         "macro_f1": math.fsum(sorted(scores)) / len(scores),
     }
+
+
+def _class_metrics(table: Columns) -> dict[str, float]:
+    kept = [i for i, target in enumerate(table["target"]) if target is not None]
+    return classification_metrics(
+        [table["prediction"][i] for i in kept], [table["target"][i] for i in kept]
+    )
 
 
 def _label_metrics(table: Columns) -> dict[str, float]:

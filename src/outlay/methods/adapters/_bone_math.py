@@ -1,0 +1,178 @@
+"""The arithmetic of block adapters, with gradients that keep no more than they need.
+
+Shapes: `n` rows of a batch, `in` and `out` features of the layer, `r` the block size, `q` the
+width of the repeated block (`q == out` in the shard form). Formulas: arXiv 2409.15371.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core.errors import ConfigError
+from ...nn.adapter import as_matrix
+from ...nn.targets import is_conv1d
+
+
+def block_sum(x: Float[Tensor, "n in"], r: int, dtype: torch.dtype) -> Float[Tensor, "n r"]:
+    """Sum the features i with equal i mod r; a last partial block counts as padded with zeros."""
+    whole = x.shape[1] // r * r
+    sums = x[:, :whole].unflatten(1, (-1, r)).sum(1, dtype=dtype)
+    if whole < x.shape[1]:
+        rest = x.shape[1] - whole
+        sums = torch.cat([sums[:, :rest] + x[:, whole:], sums[:, rest:]], 1)
+    return sums
+
+
+def spread_(x: Float[Tensor, "n in"], sums: Float[Tensor, "n r"]) -> None:
+    """Add sums[:, i mod r] to every feature i, in place: the transpose of `block_sum`."""
+    r, whole = sums.shape[1], x.shape[1] // sums.shape[1] * sums.shape[1]
+    x[:, :whole].unflatten(1, (-1, r)).add_(sums[:, None])
+    if whole < x.shape[1]:
+        x[:, whole:].add_(sums[:, : x.shape[1] - whole])
+
+
+def repeated(block: Float[Tensor, "r q"], size: int) -> Float[Tensor, "out in"]:
+    """The delta of the shard and mini forms, transposed: D[:, o mod q] for every o."""
+    return block if block.shape[1] == size else block.repeat(1, size // block.shape[1])
+
+
+class SharedBlock(torch.autograd.Function):
+    """y = base(x) + S D with S[n, k] = sum of x[n, i] over i = k mod r; keeps S and not x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Tensor, base: nn.Module) -> Tensor:
+        """Base output with the block's product added in place."""
+        out = base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        flat = out.view(-1, out.shape[-1])
+        sums = block_sum(rows, block.shape[0], block.dtype)
+        if block.shape[1] == flat.shape[1] and block.dtype == out.dtype:
+            flat.addmm_(sums, block)
+        else:
+            flat.unflatten(1, (-1, block.shape[1])).add_((sums @ block)[:, None])
+        ctx.base, ctx.shape = base, x.shape
+        ctx.save_for_backward(sums, block)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """DD = S^T g; dx = g W, plus g D^T spread over the blocks."""
+        sums, block = ctx.saved_tensors
+        flat = grads[0].reshape(-1, grads[0].shape[-1])
+        short = flat.to(block.dtype)
+        if block.shape[1] != flat.shape[1]:
+            short = short.unflatten(1, (-1, block.shape[1])).sum(1)
+        dx = dblock = None
+        if ctx.needs_input_grad[1]:
+            dblock = sums.T @ short
+        if ctx.needs_input_grad[0]:
+            rows = flat @ as_matrix(ctx.base)
+            spread_(rows, short @ block.T)
+            dx = rows.view(ctx.shape)
+        return dx, dblock, None
+
+
+def guided(
+    weight: Float[Tensor, "out in"], block: Float[Tensor, "blocks r r"], axis: str
+) -> Float[Tensor, "out in"]:
+    """W'_ac = W_ac (I + D_a) + D_a over r x r blocks, or with D_c for axis "col"."""
+    r = block.shape[1]
+    out, width = weight.shape
+    wide = weight.to(block.dtype)
+    if axis == "row":
+        stacked = wide.reshape(out // r, width, r)
+        stacked = torch.baddbmm(stacked, stacked, block)
+        stacked.view(out // r, r, width // r, r).add_(block[:, :, None])
+        return stacked.view(out, width)
+    stacked = wide.reshape(out, width // r, r).transpose(0, 1)
+    result = (stacked @ block).transpose(0, 1).add_(wide.view(out, width // r, r))
+    result.unflatten(0, (-1, r)).add_(block.transpose(0, 1))
+    return result.reshape(out, width)
+
+
+def guided_gradient(
+    weight: Float[Tensor, "out in"], grad: Float[Tensor, "out in"], r: int, axis: str
+) -> Float[Tensor, "blocks r r"]:
+    """dD_a = sum over c of (W_ac + I)^T G_ac (over a of ... for axis "col")."""
+    out, width = weight.shape
+    if axis == "row":
+        first, second = (t.reshape(out // r, width, r) for t in (weight, grad))
+        plain = grad.view(out // r, r, width // r, r).sum(2)
+    else:
+        first, second = (t.reshape(out, width // r, r).transpose(0, 1) for t in (weight, grad))
+        plain = grad.view(out // r, r, width // r, r).sum(0).transpose(0, 1)
+    return torch.baddbmm(plain, first.transpose(1, 2), second)
+
+
+def unguided(
+    merged: Float[Tensor, "out in"],
+    block: Float[Tensor, "blocks r r"],
+    axis: str = "row",
+    largest_condition: float = 1e4,
+) -> Float[Tensor, "out in"]:
+    """The base weight of a merged one, W_ac = (W'_ac - D_a)(I + D_a)^-1, when no copy was kept.
+
+    Args:
+        merged: A weight that `guided` made.
+        block: The blocks it was made with.
+        axis: "row" or "col".
+        largest_condition: Largest condition number of any I + D_a; above it float32 keeps
+            fewer than three digits.
+
+    Raises:
+        ConfigError: If a block is too close to singular.
+    """
+    r = block.shape[1]
+    eye = torch.eye(r, dtype=block.dtype, device=block.device)
+    condition = float(torch.linalg.cond((block + eye).double()).max())
+    if not condition <= largest_condition:
+        raise ConfigError(
+            f"cond(I + D) = {condition:.3g} is above {largest_condition:.3g}: the merged weight "
+            "does not determine the base weight",
+            "load the base model again",
+        )
+    parts = merged.to(block.dtype).unflatten(0, (-1, r)).unflatten(2, (-1, r))  # (a, o, c, i)
+    shift = block[:, :, None] if axis == "row" else block.transpose(0, 1)[None]
+    inverse = torch.linalg.inv((block + eye).double()).to(block.dtype)
+    rule = "aoci,aij->aocj" if axis == "row" else "aoci,cij->aocj"
+    return torch.einsum(rule, parts - shift, inverse).reshape(merged.shape)
+
+
+class GuidedBlocks(torch.autograd.Function):
+    """y = W' x + b with W' made from W and the blocks, made again in backward and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Tensor, base: nn.Module, axis: str) -> Tensor:
+        """The whole output: base(x) is not computed beside it."""
+        ctx.base, ctx.axis = base, axis
+        ctx.save_for_backward(x, block)
+        merged = guided(as_matrix(base), block, axis).to(x.dtype)
+        return F.linear(x, merged, base.bias)  # type: ignore[arg-type]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """DW' = g^T x gives dD; dx = g W'."""
+        x, block = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        weight = as_matrix(ctx.base)
+        dx = dblock = None
+        if ctx.needs_input_grad[1]:
+            outer = (grad.T @ x.reshape(-1, x.shape[-1])).to(block.dtype)
+            dblock = guided_gradient(weight.to(block.dtype), outer, block.shape[1], ctx.axis)
+            del outer
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ guided(weight, block, ctx.axis).to(grad.dtype)).view(x.shape)
+        return dx, dblock, None, None
+
+
+__all__ = [
+    "GuidedBlocks", "SharedBlock", "block_sum", "guided", "guided_gradient", "is_conv1d",
+    "repeated", "unguided",
+]  # fmt: skip
