@@ -225,6 +225,7 @@ def test_nothing_is_looked_for_on_a_network(saved, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     load_model(ModelSpec(path=str(saved)), "sequence-classification", CLASSES)
     assert "does not exist" in refused(ModelSpec(path="org/name"))[0]
+    assert "is a file" in refused(ModelSpec(path=str(saved / "config.json")))[0]
 
 
 def folder_like(saved, tmp_path, leave_out=(), config=None):
@@ -242,6 +243,8 @@ def folder_like(saved, tmp_path, leave_out=(), config=None):
 def test_folders_that_are_not_whole_are_refused(saved, tmp_path):
     folder = folder_like(saved, tmp_path, ["config.json"])
     assert "has no config.json" in refused(ModelSpec(path=str(folder)))[0]
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refused(ModelSpec(path=str(folder)))[0]
     (folder / "config.json").write_text("{")
     assert "config.json" in refused(ModelSpec(path=str(folder)))[0]
     (folder / "config.json").write_text('{"model_type": "nobody-knows"}')
@@ -372,6 +375,19 @@ def test_new_tokens_start_from_seed_and_name_near_the_mean(kind):
         assert grow_tokens(model, tokenizer, names, seed=5) == ()
     assert torch.equal(*rows)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_tokens_that_the_tokenizer_has_already_get_rows_when_the_model_is_loaded(tmp_path):
+    model, tokenizer = small("llama", LM)
+    folder = save_model(model, tokenizer, tmp_path / "out")
+    spec = ModelSpec(path=str(folder))
+    assert grow_tokens(None, tokenizer, ["<x>", "<y>"]) == (260, 261)
+    assert "262 tokens, the model 260" in refused(spec, LM, tokenizer=tokenizer)[0]
+    grow_tokens(model, byte_tokenizer(), ["<x>", "<y>"], seed=3)
+    loaded, _ = load_model(spec, LM, tokenizer=tokenizer, added=("<x>", "<y>"), seed=3)
+    assert fingerprint(loaded) == fingerprint(model)
+    meta, _ = load_model(spec, LM, tokenizer=tokenizer, added=("<x>", "<y>"), meta=True)
+    assert meta.get_input_embeddings().weight.shape == (262, 32)
 
 
 def test_untied_output_rows_are_drawn_apart_and_spare_rows_are_used():

@@ -132,30 +132,39 @@ def grow_tokens(
     Returns:
         Ids of the tokens that were added.
     """
-    from tokenizers import AddedToken
-
     known = set(tokenizer.get_vocab())
     fresh = [name for name in dict.fromkeys(names) if name not in known]
     if not fresh:
         return ()
+    from tokenizers import AddedToken
+
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in fresh], True)
-    ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in fresh)
     if model is not None:
-        _grow_rows(model, dict(zip(fresh, ids)), seed)
-    return ids
+        grow_rows(model, tokenizer, fresh, seed)
+    return tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in fresh)
 
 
-def _grow_rows(model: Any, ids: dict[str, int], seed: int) -> None:
-    before = model.get_input_embeddings().weight.shape[0]
+def grow_rows(model: nn.Module, tokenizer: Any, names: Sequence[str], seed: int = 0) -> None:
+    """Give a model rows for tokens that its tokenizer has already, as `grow_tokens` does.
+
+    Args:
+        model: Grown in place; on the meta device shapes alone change.
+        tokenizer: Knows the tokens.
+        names: Tokens whose rows are drawn anew; all others are left alone.
+        seed: The run's seed.
+    """
+    ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in dict.fromkeys(names)}
+    body: Any = model
+    before = body.get_input_embeddings().weight.shape[0]
     if max(ids.values()) >= before:
         # transformers draws the rows that it adds from the global generator; they are replaced.
         with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
+            body.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
     old = min(before, min(ids.values()))
     done: set[int] = set()
     for stream, layer in (
-        ("token", model.get_input_embeddings()),
-        ("output token", model.get_output_embeddings()),
+        ("token", body.get_input_embeddings()),
+        ("output token", body.get_output_embeddings()),
     ):
         weight = getattr(layer, "weight", None)
         if weight is None or id(weight) in done or weight.is_meta:
