@@ -216,6 +216,23 @@ def test_an_exported_folder_just_works_in_a_pipeline(saved):
     assert found["label"] in CLASSES.names
 
 
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_an_exported_image_model_says_what_it_takes(tmp_path, kind):
+    labels = Labels(("a", "b", "c"), image=(3, 16, 16))
+    model, _ = small(kind, "image-classification", labels)
+    folder = save_model(model, None, tmp_path / "out", labels)
+    contract = json.loads((folder / "preprocessor_config.json").read_text())
+    assert contract["size"] == {"height": 16, "width": 16}
+    image = pytest.importorskip("PIL.Image", reason="pip install pillow")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    pipe = transformers.pipeline("image-classification", model=str(folder), device="cpu")
+    found = {entry["label"]: entry["score"] for entry in pipe(image.fromarray(pixels))}
+    inputs = torch.tensor(pixels / 255, dtype=torch.float32).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        chances = model.eval()(pixel_values=inputs).logits.softmax(-1)[0]
+    assert [found[name] for name in labels.names] == pytest.approx(chances.tolist(), abs=1e-4)
+
+
 def test_nothing_is_looked_for_on_a_network(saved, monkeypatch):
     def no_network(*_, **__):
         raise AssertionError("a socket was opened")
