@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from outlay.core.errors import ConfigError
 from outlay.nn.targets import head_modules
+from outlay.training.encode import encode
 from outlay.training.labels import Labels
 from outlay.training.models import (
     byte_tokenizer,
@@ -88,6 +89,43 @@ def test_every_shape_builds_runs_and_comes_back_from_its_folder(tmp_path, kind, 
     meta, _ = load_model(ModelSpec(path=str(folder)), task, CLASSES, meta=True)
     described = [(n, p.shape, p.device.type) for n, p in meta.named_parameters()]
     assert described == [(n, p.shape, "meta") for n, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize(("kind", "task"), [s for s in SHAPES if s[1] != "image-classification"])
+def test_padding_changes_no_prediction(kind, task):
+    model, tokenizer = small(kind, task, dropout=0.0, precision="float64")
+    texts = ["short", "a good deal longer than that"]
+    rows = [{"id": t, "domain": "", "text": t, "prompt": t, "completion": "x"} for t in texts]
+    rows = [
+        {k: v for k, v in r.items() if task != LM or k in ("id", "domain", "text")} for r in rows
+    ]
+    examples = encode(rows, task, tokenizer, 32, CLASSES)
+
+    def logits(*examples):
+        width = max(len(e["input_ids"]) for e in examples)
+        ids = [
+            e["input_ids"] + [tokenizer.pad_token_id] * (width - len(e["input_ids"]))
+            for e in examples
+        ]
+        mask = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if task == "sequence-to-sequence":
+            inputs["decoder_input_ids"] = torch.tensor([[0, *e["labels"][:-1]] for e in examples])
+        with torch.no_grad():
+            found = model.eval()(**inputs).logits[0]
+        return found[: len(examples[0]["input_ids"])] if task == LM else found
+
+    assert torch.allclose(logits(examples[0]), logits(*examples), atol=1e-6)
+
+
+def test_heads_that_read_the_end_of_a_row_need_it_there():
+    model, tokenizer = small("t5", "sequence-classification")
+    ids = encode([{"id": "0", "domain": "", "text": "long text"}], "sequence-classification",
+                 tokenizer, 5)[0]["input_ids"]  # fmt: skip
+    assert len(ids) == 5
+    assert ids[-1] == model.config.eos_token_id
+    spec = ModelSpec(config="t5")
+    assert "end-of-text token" in refused(spec, tokenizer=byte_tokenizer())[0]
 
 
 def test_heads_are_where_methods_look_for_them():

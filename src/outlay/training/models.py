@@ -138,7 +138,7 @@ def _folder(spec: ModelSpec, base: Path | None) -> Path | None:
 
 def _tokenizer(spec: ModelSpec, folder: Path | None, base: Path | None) -> Any:
     if spec.tokenizer is None:
-        return byte_tokenizer() if folder is None else load_tokenizer(folder)
+        return byte_tokenizer(spec.config == "t5") if folder is None else load_tokenizer(folder)
     place = _local(spec.tokenizer, base)
     if not place.is_dir():
         from .. import assets
@@ -225,6 +225,15 @@ def _check(config: Any, task: str, labels: Labels, tokenizer: Any, length: int, 
             f"{config.model_type!r} reads both sides of a token, so it cannot predict the next",
             "give a decoder (LLaMA- or GPT-2-shaped), or another task",
         )
+    if task in _PROBLEM and config.is_encoder_decoder:
+        # These heads read the state at the last end-of-text token of each row.
+        end = getattr(config, "eos_token_id", None)
+        if end is None or tokenizer("a")["input_ids"][-1:] != [end]:
+            raise ConfigError(
+                f"a {config.model_type!r} model needs rows that end in its end-of-text token for "
+                f"{task}, and the tokenizer does not put it there",
+                "give the tokenizer that belongs to the model",
+            )
     size = getattr(config, "vocab_size", None)
     if size is not None and len(tokenizer) - added > size:
         raise ConfigError(

@@ -67,9 +67,13 @@ def with_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer of 256 bytes and 4 special tokens: reads any text, learns from none."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(ends: bool = False) -> Any:
+    """A tokenizer of 256 bytes and 4 special tokens: reads any text, learns from none.
+
+    Args:
+        ends: Put the end-of-text token behind every text by itself, as T5's tokenizers do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -78,6 +82,12 @@ def byte_tokenizer() -> Any:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A </s>",
+            pair="$A </s> $B </s>",
+            special_tokens=[("</s>", vocabulary["</s>"])],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
