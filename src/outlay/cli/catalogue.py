@@ -108,7 +108,7 @@ def show(
              "text": s.text}
             for s in about.settings
         ],
-        "example": example(entry.card.name, about.settings),
+        "example": example(entry, about.settings),
         "verdict": seen,
     }  # fmt: skip
     if as_json:
@@ -139,21 +139,26 @@ def show(
             screen.table(
                 "Settings",
                 ("name", "type", "default", "allowed", "meaning"),
-                [(s.name, s.type, s.default or "required", s.allowed, s.text)
-                 for s in about.settings],
-            )  # fmt: skip
+                [
+                    (s.name, s.type, s.default or "required", s.allowed, s.text)
+                    for s in about.settings
+                ],
+            )
         )
     sentences = seen.get("sentences") or ([seen["sentence"]] if seen.get("sentence") else [])
     for sentence in sentences:
         out.print(str(sentence), markup=False)
 
 
-def example(name: str, settings: Any) -> str:
+def example(entry: Entry, settings: Any) -> str:
     """A call string that works: what must be given, else the first plain number or choice."""
-    shown = [s for s in settings if s.default is None]
-    usual = [s for s in settings if s.default and s.default.replace(".", "", 1).isdigit()]
-    named = [s for s in settings if s.choices]
-    picked = shown or usual[:1] or named[:1]
+    name = entry.card.name
+    if entry.kind == "estimator":
+        return f'--arm "{name}"'
+    required = [s for s in settings if s.default is None]
+    numbers = [s for s in settings if s.default and s.default.replace(".", "", 1).isdigit()]
+    others = [s for s in settings if s.default and s.default[0] in "'\"0123456789"]
+    picked = required or numbers[:1] or others[:1]
     parts = [f"{s.name}={s.default if s.default is not None else '...'}" for s in picked]
     return f'--method "{name}({", ".join(parts)})"' if parts else f'--method "{name}"'
 

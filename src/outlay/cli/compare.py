@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..core.errors import ConfigError
+from ..recipes.arms import suggestion
 from . import screen
 from .errors import INTERRUPTED
 from .inputs import assignment, literal, open_recipe
@@ -29,7 +30,9 @@ from .options import (
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    from ..comparison.compare import Comparison
+    pass
+
+OWN_GRID = "recipe"
 
 Arms = Annotated[
     Optional[list[str]],  # noqa: UP045 - evaluated by Typer
@@ -53,7 +56,8 @@ Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split.",
+        help="Tune a setting over a grid, equally for every arm, on the validation split; "
+        '"recipe" takes the grid that comes with the recipe.',
     ),
 ]
 
@@ -83,13 +87,17 @@ def compare(
     Each arm adds its methods to the recipe's. Interrupted, the same command goes on at the run
     it was in.
     """
-    arms = list(arm or ())
+    suggested = suggestion(recipe)
+    arms = list(arm or suggested.arms)
+    notes = [suggested.note] if not arm and not tune and suggested.note else []
     if len(arms) < 2:
         raise ConfigError(
             f"{len(arms)} arm{'s are' if not arms else ' is'} given, a comparison needs two",
             'give --arm "NAME=bone(r=16)" twice or more',
         )
-    grid = dict(map(_grid, tune or ()))
+    grid = dict(map(_grid, (t for t in tune or () if t != OWN_GRID)))
+    if tune and OWN_GRID in tune:
+        grid |= {key: list(values) for key, values in suggested.grid.items()}
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
     typed = context.find_root().obj or () if context is not None else ()
     progress = progress_for(quiet, no_progress)
@@ -97,10 +105,19 @@ def compare(
         with progress.waiting("starting"):
             from ..comparison.compare import compare as run_arms
         found = run_arms(
-            chosen, arms, seeds=seeds, out=out, metric=metric, margin=margin, tune=grid or None,
-            device=device, threads=threads, progress=progress,
+            chosen,
+            arms,
+            seeds=seeds,
+            out=out,
+            metric=metric,
+            margin=margin,
+            tune=grid or None,
+            device=device,
+            threads=threads,
+            progress=progress,
             command=shlex.join(["outlay", *typed]),
-        )  # fmt: skip
+            notes=notes,
+        )
     except KeyboardInterrupt:
         progress.close()
         again = shlex.join(["outlay", *typed])
@@ -136,12 +153,17 @@ def show(found: dict[str, Any]) -> None:
             "Arms",
             ("arm", "trainable", "seeds", "mean", "interval"),
             [
-                (a["name"], screen.amount(a["trainable"]), a["seeds"], _figure(a["mean"]),
-                 _interval(a["interval"]))
+                (
+                    a["name"],
+                    screen.amount(a["trainable"]),
+                    a["seeds"],
+                    _figure(a["mean"]),
+                    _interval(a["interval"]),
+                )
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
-        )  # fmt: skip
+        )
     )
     if found["arms"]:
         out.print(f"metric: {found['arms'][0]['metric']}\n", markup=False)
@@ -150,13 +172,18 @@ def show(found: dict[str, Any]) -> None:
             "Paired differences (simultaneous intervals)",
             ("pair", "difference", "interval", "p (Holm)", "p (sign flip)", "could have seen"),
             [
-                (f"{p['a']} - {p['b']}", _figure(p["difference"], True),
-                 _interval(p["interval"], True), _figure(p["p_holm"]),
-                 _figure(p["p_sign_flip"]), _figure(p["detectable"]))
+                (
+                    f"{p['a']} - {p['b']}",
+                    _figure(p["difference"], True),
+                    _interval(p["interval"], True),
+                    _figure(p["p_holm"]),
+                    _figure(p["p_sign_flip"]),
+                    _figure(p["detectable"]),
+                )
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),
-        )  # fmt: skip
+        )
     )
     for v in found["verdicts"]:
         out.print(

@@ -94,5 +94,3 @@ def show(found: Plan) -> None:
     out.print(screen.table("What acts, in order", ("method", "acts on", "claims"), lines))
     for sentence in found.notes:
         out.print(f"note: {sentence}", markup=False)
-
-

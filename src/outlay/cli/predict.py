@@ -28,7 +28,8 @@ Labeled = Annotated[
     typer.Option("--data", help="Labeled rows of your own in place of the run's splits."),
 ]
 Rows = Annotated[
-    Path, typer.Option("--data", help="Rows as the recipe's, labels not needed.", show_default=False)
+    Path,
+    typer.Option("--data", help="Rows as the recipe's, labels not needed."),
 ]
 Target = Annotated[
     Optional[Path],  # noqa: UP045

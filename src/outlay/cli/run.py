@@ -151,5 +151,3 @@ def _shown(result: Result, report: Path | None) -> Any:
             ("report", str(report) if report else None),
         ]
     )  # fmt: skip
-
-
