@@ -1,0 +1,129 @@
+"""The command put together: verbs, help, and one style of error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from .._version import __version__
+from . import catalogue, compare, doctor, export, plan, predict, recipe, report, run
+from .errors import complain
+
+_LOOK, _PREPARE, _RUN, _USE, _HERE = (
+    "What there is", "Before a run", "Running", "With finished runs", "This machine",
+)  # fmt: skip
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"outlay {__version__}")
+        raise typer.Exit
+
+
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Spend a training budget well: methods that stack, plans before the run, equal budgets.
+
+    Start with `outlay list`, then `outlay run digits-vit`.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def build_app() -> typer.Typer:
+    """All verbs under one command."""
+    settings: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(
+        name="outlay", add_completion=False, context_settings=settings, rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )  # fmt: skip
+    app.callback(invoke_without_command=True)(_start)
+    for panel, name, verb in (
+        (_LOOK, "list", catalogue.list_methods),
+        (_LOOK, "show", catalogue.show),
+        (_LOOK, "cite", catalogue.cite),
+        (_PREPARE, "plan", plan.plan),
+        (_RUN, "run", run.run),
+        (_RUN, "compare", compare.compare),
+        (_USE, "evaluate", predict.evaluate),
+        (_USE, "predict", predict.predict),
+        (_USE, "export", export.export),
+        (_USE, "report", report.report),
+        (_HERE, "doctor", doctor.doctor),
+    ):
+        app.command(name, rich_help_panel=panel)(verb)
+    recipes = typer.Typer(no_args_is_help=False, help="Copy, check and describe recipes.")
+    recipes.callback(invoke_without_command=True)(_recipe_help)
+    for name, verb in (
+        ("list", recipe.list_recipes),
+        ("copy", recipe.copy),
+        ("check", recipe.check),
+        ("schema", recipe.schema),
+    ):
+        recipes.command(name)(verb)
+    app.add_typer(recipes, name="recipe", rich_help_panel=_PREPARE)
+    return app
+
+
+def _recipe_help(context: typer.Context) -> None:
+    """Copy, check and describe recipes."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def run_app(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; nothing is raised.
+
+    Args:
+        arguments: What was typed after `outlay`; the process's own by default.
+    """
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in typed
+    command = typer.main.get_command(build_app())
+    try:
+        with warnings.catch_warnings():
+            if arguments is None:
+                warnings.showwarning = _show_warning(debug)
+            code = command.main(
+                [_dashed(word) for word in typed], prog_name="outlay", standalone_mode=False,
+                obj=tuple(typed),
+            )  # fmt: skip
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader went away, as `head` does: nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        return complain(error, debug)
+
+
+def _dashed(word: str) -> str:
+    """`--no_progress` is `--no-progress`."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _show_warning(debug: bool) -> Any:
+    """Warnings of outlay as one line each; those of other packages only with --debug."""
+    home, said = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said and (debug or os.path.abspath(filename).startswith(home)):
+            said.add(text)
+            print(f"note: {text}", file=sys.stderr)
+
+    return show
