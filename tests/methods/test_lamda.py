@@ -198,7 +198,7 @@ def test_gradients(init: str) -> None:
 
 def test_a_never_moves_and_columns_stop_for_good() -> None:
     """50 steps of AdamW with weight decay 0.1; B is constant from 0.3 of them on."""
-    model, method = llama(), lamda(r=5)
+    model, method = llama(layers=1), lamda(r=5)
     method.adapt(model)
     loop = Loop(model, method, steps=50)
     deltas = list(method.deltas(model).values())
@@ -560,23 +560,25 @@ def test_bfloat16_and_autocast(init: str, choice: str) -> None:
 # ---- state and resume ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["largest_first", "smallest_first"])
-@pytest.mark.parametrize("kill", [3, 6, 11])
+@pytest.mark.parametrize(
+    ("kill", "order"), [(0, "largest_first"), (4, "largest_first"), (4, "smallest_first"),
+                        (9, "largest_first")],
+)  # fmt: skip
 def test_a_killed_run_goes_on_with_the_same_bits(order: str, kill: int) -> None:
     """Before a column froze at all, between columns, and after the last."""
 
     def fresh() -> tuple[nn.Module, Loop]:
-        model, method = llama(), lamda(freeze_fraction=0.5, freeze_order=order)
+        model, method = llama(layers=1), lamda(freeze_fraction=0.5, freeze_order=order)
         method.adapt(model)
-        return model, Loop(model, method, steps=18)
+        return model, Loop(model, method, steps=12)
 
     whole, loop = fresh()
-    losses = loop.run(0, 18)
+    losses = loop.run(0, 12)
     _, first = fresh()
     first.run(0, kill)
     resumed, second = fresh()
     second.load(first.save())
-    assert second.run(kill, 18) == losses[kill:]
+    assert second.run(kill, 12) == losses[kill:]
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters()):
         assert torch.equal(a, b), name
         assert a.requires_grad == b.requires_grad

@@ -96,7 +96,9 @@ def test_budgets_hold_and_more_never_takes_away(
 
 def test_equal_prices_are_the_shared_allocator() -> None:
     generator = torch.Generator().manual_seed(1)
-    spectra = {f"m{i}": torch.rand(7, generator=generator).sort(descending=True)[0] for i in range(4)}
+    spectra = {
+        f"m{i}": torch.rand(7, generator=generator).sort(descending=True)[0] for i in range(4)
+    }
     scores = torch.cat([(s.double() ** 2 / (s.double() ** 2).sum())[1:] for s in spectra.values()])
     for budget in (4, 9, 17, 28):
         kept = allocate(scores, budget=budget - 4).view(4, 6).sum(1) + 1
