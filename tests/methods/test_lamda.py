@@ -641,7 +641,7 @@ def test_plans_need_no_values() -> None:
         for settings in ({}, {"init": "svd_zero"}, {"init": "code"}, {"freeze_fraction": 0.0},
                          {"init": "svd_zero", "basis": "random"}):  # fmt: skip
             layer = nn.Linear(8, 16)
-            delta = lamda(**settings).make("x", layer, Context())
+            delta = lamda(dropout=0.1, **settings).make("x", layer, Context())
             out = delta.output(torch.randn(3, 8), layer)
             out.sum().backward()
             assert out.shape == (3, 16)
