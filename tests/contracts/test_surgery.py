@@ -121,7 +121,7 @@ def test_bad_masks_and_states_are_named():
     live = rig.make().live
     with pytest.raises(ConfigError, match="kind 'hart'"):
         live.mask("head.weight", torch.ones(3, 8, dtype=torch.bool), "hart")
-    with pytest.raises(ConfigError, match="did you mean 'head.weight'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'head.weight'"):
         live.mask("head.weigth", None)
     with pytest.raises(ConfigError, match="'kept'"):
         live.replace("head.weight", torch.ones(3, 8, dtype=toys.F64), state="kept")

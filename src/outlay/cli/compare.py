@@ -56,7 +56,8 @@ Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split; the word recipe takes the recipe's own grid.",
+        help="Tune a setting over a grid, equally for every arm, on the validation split; "
+        "the word recipe takes the recipe's own grid.",
     ),
 ]
 
@@ -153,7 +154,7 @@ def show(found: dict[str, Any]) -> None:
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
-        )  # fmt: skip
+        )
     )
     if found["arms"]:
         out.print(f"metric: {found['arms'][0]['metric']}\n", markup=False)
@@ -173,7 +174,7 @@ def show(found: dict[str, Any]) -> None:
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),
-        )  # fmt: skip
+        )
     )
     for v in found["verdicts"]:
         out.print(
