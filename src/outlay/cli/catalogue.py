@@ -143,7 +143,7 @@ def show(
                     (s.name, s.type, s.default or "required", s.allowed, s.text)
                     for s in about.settings
                 ],
-            )  # fmt: skip
+            )
         )
     sentences = seen.get("sentences") or ([seen["sentence"]] if seen.get("sentence") else [])
     for sentence in sentences:

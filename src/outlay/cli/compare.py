@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..core.errors import ConfigError
+from ..recipes.arms import suggestion
 from . import screen
 from .errors import INTERRUPTED
 from .inputs import assignment, literal, open_recipe
@@ -30,6 +31,8 @@ from .progress import progress_for
 
 if TYPE_CHECKING:
     pass
+
+OWN_GRID = "recipe"
 
 Arms = Annotated[
     Optional[list[str]],  # noqa: UP045 - evaluated by Typer
@@ -53,7 +56,8 @@ Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split.",
+        help="Tune a setting over a grid, equally for every arm, on the validation split; "
+        "the word recipe takes the recipe's own grid.",
     ),
 ]
 
@@ -83,13 +87,17 @@ def compare(
     Each arm adds its methods to the recipe's. Interrupted, the same command goes on at the run
     it was in.
     """
-    arms = list(arm or ())
+    suggested = suggestion(recipe)
+    arms = list(arm or suggested.arms)
+    notes = [suggested.note] if not arm and not tune and suggested.note else []
     if len(arms) < 2:
         raise ConfigError(
             f"{len(arms)} arm{'s are' if not arms else ' is'} given, a comparison needs two",
             'give --arm "NAME=bone(r=16)" twice or more',
         )
-    grid = dict(map(_grid, tune or ()))
+    grid = dict(map(_grid, (t for t in tune or () if t != OWN_GRID)))
+    if tune and OWN_GRID in tune:
+        grid |= {key: list(values) for key, values in suggested.grid.items()}
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
     typed = context.find_root().obj or () if context is not None else ()
     progress = progress_for(quiet, no_progress)
@@ -99,7 +107,7 @@ def compare(
         found = run_arms(
             chosen, arms, seeds=seeds, out=out, metric=metric, margin=margin, tune=grid or None,
             device=device, threads=threads, progress=progress,
-            command=shlex.join(["outlay", *typed]),
+            command=shlex.join(["outlay", *typed]), notes=notes,
         )  # fmt: skip
     except KeyboardInterrupt:
         progress.close()
@@ -146,7 +154,7 @@ def show(found: dict[str, Any]) -> None:
                 for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
             ],
             right=("trainable", "seeds", "mean"),
-        )  # fmt: skip
+        )
     )
     if found["arms"]:
         out.print(f"metric: {found['arms'][0]['metric']}\n", markup=False)
@@ -166,7 +174,7 @@ def show(found: dict[str, Any]) -> None:
                 for p in found["pairs"]
             ],
             right=("difference", "p (Holm)", "p (sign flip)", "could have seen"),
-        )  # fmt: skip
+        )
     )
     for v in found["verdicts"]:
         out.print(

@@ -79,10 +79,10 @@ def _usage(error: Any) -> Complaint:
     if (name := re.match(r"No such command '([^']*)'", text)) and command is not None:
         text = name[0]
         hint = nearest(name[1], command.list_commands(context))
-    if option := getattr(error, "option_name", None):
-        if command is not None and type(error).__name__ == "NoSuchOption":
-            known = [o for p in command.params for o in getattr(p, "opts", ()) if o[:2] == "--"]
-            text, hint = f"No such option {option}", nearest(option, known)
+    if command is not None and type(error).__name__ == "NoSuchOption":
+        known = [o for p in command.params for o in getattr(p, "opts", ()) if o[:2] == "--"]
+        text = f"No such option {error.option_name}"
+        hint = nearest(error.option_name, known)
     return Complaint(
         f"{path}: {text[:1].lower()}{text[1:]}", f"{hint}see `{path} --help`", error.exit_code
     )

@@ -58,21 +58,25 @@ class _Clocked(Hidden):
         super().__init__()
         self.began = time.perf_counter()
         self.name, self.budget = "", None
+        """A run of a comparison begins."""
         self.arm, self.index, self.total = "", 0, 0
         self.stage_began = self.last = self.began
         self.first: tuple[float, int] | None = None
         self.runs_began: float | None = None
 
     def stage(self, name: str, budget: Budget, meter: Meter) -> None:
+        """A stage begins or goes on."""
         super().stage(name, budget, meter)
         self.name, self.budget, self.first = name, budget, None
         self.stage_began = time.perf_counter()
 
     def run_of(self, arm: str, seed: int, index: int, total: int) -> None:
+        """A run of a comparison begins."""
         self.arm, self.index, self.total = f"{arm}, seed {seed}", index, total
         self.runs_began = self.runs_began or time.perf_counter()
 
     def step(self, step: Step, values: dict[str, Any], meter: Meter) -> None:
+        """A step was taken; most of them show nothing."""
         if self.first is None:
             self.first = (meter.share(self.budget), step.index) if self.budget else (0.0, 0)
             self.stage_began = time.perf_counter()
@@ -120,6 +124,7 @@ class Lines(_Clocked):
         return min(60.0, max(_LINE_EVERY, (now - self.stage_began) / 20))
 
     def draw(self, step: Step, values: dict[str, Any], meter: Meter, now: float) -> None:
+        """One more line, or the bar moved on."""
         f = self.figures(step, meter, now)
         where = f"run {self.index}/{self.total} ({self.arm}) | " if self.total else ""
         stage = "" if self.name in ("", "main") else f"{self.name} | "
@@ -132,11 +137,13 @@ class Lines(_Clocked):
         )  # fmt: skip
 
     def run_of(self, arm: str, seed: int, index: int, total: int) -> None:
+        """Say which run begins."""
         super().run_of(arm, seed, index, total)
         where = f"run {index}/{total}: " if total else ""
         print(f"{where}{arm}, seed {seed}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
+        """A line of its own."""
         print(text, file=sys.stderr, flush=True)
 
 
@@ -162,6 +169,7 @@ class Bars(_Clocked):
             self.progress.start()
 
     def draw(self, step: Step, values: dict[str, Any], meter: Meter, now: float) -> None:
+        """One more line, or the bar moved on."""
         f = self.figures(step, meter, now)
         if self.running is None:
             self.running = self.progress.add_task("", total=1.0, said="")
@@ -181,6 +189,7 @@ class Bars(_Clocked):
         self._show()
 
     def note(self, text: str) -> None:
+        """A line above the bars."""
         self.progress.console.print(text, markup=False)
 
     @contextlib.contextmanager
@@ -190,6 +199,7 @@ class Bars(_Clocked):
             yield
 
     def close(self) -> None:
+        """Take the bars off the screen."""
         if self.shown:
             self.progress.stop()
             self.shown = False

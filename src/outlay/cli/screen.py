@@ -83,7 +83,7 @@ def facts(rows: Sequence[tuple[str, Any]]) -> Table:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows:
-        if value not in (None, "", ()):
+        if value not in (None, "", (), False):
             made.add_row(name, _escaped(value))
     return made
 

@@ -147,7 +147,7 @@ def _fields(node: ast.ClassDef, path: Path, texts: dict[str, str]) -> list[Setti
                 choices,
                 bounds,
                 texts.get(name, ""),
-            )  # fmt: skip
+            )
         )
     return fields
 

@@ -171,7 +171,7 @@ def run(
             return recorded
     with checkpoint.locked(folder):
         _write_recipe(folder, recipe, materials)
-        runner = _Runner(
+        runner = Runner(
             recipe, materials, folder, backend, progress, trackers, flops or FlopTable(),
             pools or {},
         )  # fmt: skip
@@ -216,7 +216,7 @@ def _compare_for_resume(folder: Path, recipe: Recipe) -> None:
         )
 
 
-class _Runner:
+class Runner:
     """The stages of one run."""
 
     def __init__(
@@ -276,7 +276,7 @@ class _Runner:
     # ---- one stage -----------------------------------------------------------------------------
 
     def _start_model(self, stage: StageSpec, recipe: Recipe, index: int) -> nn.Module:
-        materials = self._materials(recipe)
+        materials = self.materials_of(recipe)
         model = materials.model(recipe)
         source = stage.start
         if source == "previous" and index > 0:
@@ -293,13 +293,14 @@ class _Runner:
     def _exported(self, name: str) -> dict[str, Tensor]:
         return checkpoint.read_folder(self.folder / "stages" / name)["model"]
 
-    def _materials(self, recipe: Recipe) -> Materials:
+    def materials_of(self, recipe: Recipe) -> Materials:
+        """Data and model of a stage; those of the run where they agree."""
         same = all(getattr(recipe, k) == getattr(self.recipe, k) for k in ("data", "task", "model"))
         return self.materials if same else load_materials(recipe, self.materials.tokenizer)
 
     def _load(self, recipe: Recipe, reference: str) -> nn.Module:
         """Resolve `original`, `stage:x`, a path or an asset for `context.load`."""
-        materials = self._materials(recipe)
+        materials = self.materials_of(recipe)
         if reference == "original":
             return self.backend.place(materials.model(recipe))
         if reference.startswith("stage:"):
@@ -311,30 +312,42 @@ class _Runner:
         )
         return self.backend.place(materials.model(other))
 
-    def _stage(
-        self, stage: StageSpec, recipe: Recipe, index: int
-    ) -> tuple[Assembly, str, dict[str, float]]:
-        materials, meter = self._materials(recipe), Meter()
-        store = checkpoint.Checkpoints(self.folder / "checkpoints" / stage.name, recipe.every.keep)
-        found = store.newest()
-        assembly = assemble(
+    def assembled(
+        self, stage: StageSpec, recipe: Recipe, index: int, kept: dict[str, Any] | None
+    ) -> Assembly:
+        """A stage put together: what it starts from, adapted, and not yet trained.
+
+        Args:
+            stage: The stage.
+            recipe: Its own recipe.
+            index: Its place among the stages.
+            kept: Tensors of passes that were made already.
+        """
+        materials = self.materials_of(recipe)
+        return assemble(
             recipe,
             model=self._start_model(stage, recipe, index),
             tokenizer=materials.tokenizer,
             objective=lambda requests: materials.objective(recipe, requests),
             train=materials.train,
             splits=materials.splits,
-            meter=meter,
+            meter=Meter(),
             backend=self.backend,
             pool=self.pools.get(stage.name),
             new_tokens=materials.new_tokens,
             loader=lambda reference: self._load(recipe, reference),
-            kept=found[1]["kept"] if found else None,
+            kept=kept,
             flops=self.flops,
         )
-        keeper = Keeper(
-            assembly, store, materials.labels, self.progress, lambda: self.stop_requested
-        )
+
+    def _stage(
+        self, stage: StageSpec, recipe: Recipe, index: int
+    ) -> tuple[Assembly, str, dict[str, float]]:
+        store = checkpoint.Checkpoints(self.folder / "checkpoints" / stage.name, recipe.every.keep)
+        found = store.newest()
+        assembly = self.assembled(stage, recipe, index, found[1]["kept"] if found else None)
+        meter, labels = assembly.context.meter, self.materials_of(recipe).labels
+        keeper = Keeper(assembly, store, labels, self.progress, lambda: self.stop_requested)
         if found:
             for complaint in found[2]:
                 self.progress.note(complaint)
