@@ -338,6 +338,7 @@ class Runner:
             loader=lambda reference: self._load(recipe, reference),
             kept=kept,
             flops=self.flops,
+            prefixes=materials.prefixes,
         )
 
     def _stage(
