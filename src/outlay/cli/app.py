@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
-from . import catalogue, compare, doctor, export, plan, predict, recipe, report, run
+from . import catalogue, compare, doctor, export, inputs, plan, predict, recipe, report, run
 from .errors import complain
 
 _LOOK, _PREPARE, _RUN, _USE, _HERE = (
@@ -19,14 +20,14 @@ _LOOK, _PREPARE, _RUN, _USE, _HERE = (
 )  # fmt: skip
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"outlay {__version__}")
         raise typer.Exit
+    return asked
 
 
 def _start(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -36,8 +37,6 @@ def _start(
 
     Start with `outlay list`, then `outlay run digits-vit`.
     """
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 def build_app() -> typer.Typer:
@@ -47,7 +46,7 @@ def build_app() -> typer.Typer:
         name="outlay", add_completion=False, context_settings=settings, rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )  # fmt: skip
-    app.callback(invoke_without_command=True)(_start)
+    app.callback()(_start)
     for panel, name, verb in (
         (_LOOK, "list", catalogue.list_methods),
         (_LOOK, "show", catalogue.show),
@@ -62,8 +61,7 @@ def build_app() -> typer.Typer:
         (_HERE, "doctor", doctor.doctor),
     ):
         app.command(name, rich_help_panel=panel)(verb)
-    recipes = typer.Typer(no_args_is_help=False, help="Copy, check and describe recipes.")
-    recipes.callback(invoke_without_command=True)(_recipe_help)
+    recipes = typer.Typer(help="Copy, check and describe recipes.")
     for name, verb in (
         ("list", recipe.list_recipes),
         ("copy", recipe.copy),
@@ -75,12 +73,6 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _recipe_help(context: typer.Context) -> None:
-    """Copy, check and describe recipes."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 def run_app(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; nothing is raised.
 
@@ -89,15 +81,16 @@ def run_app(arguments: Sequence[str] | None = None) -> int:
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
+    words = [_dashed(word) for word in typed]
+    if words in ([], ["recipe"]):
+        words.append("--help")
+    inputs.TYPED.set(shlex.join(["outlay", *typed]))
     command = typer.main.get_command(build_app())
     try:
         with warnings.catch_warnings():
             if arguments is None:
                 warnings.showwarning = _show_warning(debug)
-            code = command.main(
-                [_dashed(word) for word in typed], prog_name="outlay", standalone_mode=False,
-                obj=tuple(typed),
-            )  # fmt: skip
+            code = command.main(words, prog_name="outlay", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
