@@ -23,7 +23,7 @@ try:
     runpy.run_module("outlay", run_name="__main__")
 except SystemExit as end:
     assert not end.code, end.code
-heavy = [m for m in ("torch", "transformers", "pydantic", "numpy") if m in sys.modules]
+heavy = [m for m in ("torch", "transformers", "numpy", "pyarrow", "sklearn") if m in sys.modules]
 sys.stderr.write("heavy: " + ",".join(heavy))
 """
 

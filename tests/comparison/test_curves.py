@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from outlay.comparison import curves
-from outlay.comparison.axes import (
+from outlay.comparison.page import curves
+from outlay.comparison.page.axes import (
     CHARACTER,
     Box,
     Scale,
@@ -14,8 +14,8 @@ from outlay.comparison.axes import (
     place_labels,
     tick_text,
 )
-from outlay.comparison.charts import forest, pareto
-from outlay.comparison.meters import meter_text
+from outlay.comparison.page.charts import forest, pareto
+from outlay.comparison.page.meters import meter_text
 
 
 def test_thinning_keeps_ends_extremes_and_short_curves():

@@ -209,3 +209,13 @@ def test_headline_never_orders_arms_that_are_not_separated():
     for first, second in pairwise(result["ties"]):
         assert set(first) != set(second)
     assert ["c", "d"] in result["ties"]
+
+
+def test_an_arm_outside_the_budget_is_compared_and_said() -> None:
+    table = {"trained": {0: 0.9, 1: 0.92, 2: 0.91}, "fitted": {0: 0.5, 1: 0.5, 2: 0.5}}
+    spent = {"trained": {"steps": 10.0}}
+    without = judge(table, metric="test/accuracy", spent=spent)
+    assert without["pairs"][0]["outcome"] == "unequal_budget"
+    found = judge(table, metric="test/accuracy", spent=spent, outside=["fitted"])
+    assert found["pairs"][0]["outcome"] == "separated"
+    assert any("fitted outside the budget" in sentence for sentence in found["sentences"])

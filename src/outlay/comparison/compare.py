@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .._version import __version__
 from ..core import callspec, registry
@@ -81,6 +81,7 @@ class Arm:
         return None
 
 
+@runtime_checkable
 class ComparisonProgress(Progress, Protocol):
     """What shows a comparison while it goes."""
 
@@ -186,6 +187,7 @@ def compare(
         trainable={arm: _trainable(by_seed) for arm, by_seed in results.items()},
         spent={arm: _spent(results[arm]) for arm in recipes},
         margin=margin,
+        outside=[arm.name for arm in chosen if arm.name not in recipes],
     )
     notes = [*notes, *tuning_notes, *([recipe.note] if recipe.note else [])]
     report = write_report(

@@ -22,7 +22,7 @@ arm), `failed_run`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -56,6 +56,7 @@ class Question:
     missing: dict[str, list[int]]
     spent: Spent
     tolerance: float
+    outside: frozenset[str] = frozenset()
     comparisons: int = 0
 
 
@@ -71,6 +72,7 @@ def judge(
     power: float = 0.8,
     margin: float | None = None,
     budget_tolerance: float = 0.01,
+    outside: Collection[str] = (),
     resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def judge(
         margin: Differences inside it are called equal; stated before the runs, in the metric's
             unit. None: equality is never claimed.
         budget_tolerance: Budgets are equal if they differ by at most this share of the larger.
+        outside: Arms that are fitted outside the budget, as a linear model on counts: their
+            pairs compare quality alone, and a sentence says so.
         resamples: Of the bootstrap over items.
         seed: Of the bootstrap and of sampled sign flips.
 
@@ -116,8 +120,9 @@ def judge(
         ConfigError: With no arm, with one seed for several arms, or a value out of range.
     """
     question = _ask(
-        table, metric, higher_is_better, alpha, power, margin, spent or {}, budget_tolerance
-    )
+        table, metric, higher_is_better, alpha, power, margin, spent or {}, budget_tolerance,
+        frozenset(outside),
+    )  # fmt: skip
     arms = [_arm(question, name, trainable or {}) for name in table]
     pairs = [_pair(question, a, b, seed) for a, b in combinations(table, 2)]
     _adjust(question, pairs)
@@ -127,9 +132,14 @@ def judge(
     tied = [(pair["a"], pair["b"]) for pair in pairs if pair["outcome"] in TIED]
     ties = [group for group in st.tie_groups(list(table), tied) if len(group) > 1]
     outcome, sentence = headline(question, arms, pairs, verdicts)
+    apart = [
+        f"{name} is fitted outside the budget: its pairs compare quality, not what it cost."
+        for name in table
+        if name in question.outside
+    ]
     return {
         "arms": arms, "pairs": pairs, "verdicts": verdicts, "ties": ties, "outcome": outcome,
-        "sentence": sentence, "sentences": remarks(arms, pairs), "metric": metric,
+        "sentence": sentence, "sentences": [*apart, *remarks(arms, pairs)], "metric": metric,
         "higher_is_better": higher_is_better, "alpha": alpha, "power": power, "margin": margin,
         "comparisons": question.comparisons,
     }  # fmt: skip
@@ -144,6 +154,7 @@ def _ask(
     margin: float | None,
     spent: Spent,
     tolerance: float,
+    outside: frozenset[str],
 ) -> Question:
     if not table:
         raise ConfigError("no arm to judge", "give at least one arm with its runs")
@@ -174,6 +185,7 @@ def _ask(
         missing={name: sorted(set(every_seed) - set(table[name])) for name in table},
         spent=spent,
         tolerance=tolerance,
+        outside=outside,
     )
     testable = sum(_refusal(question, a, b) is None for a, b in combinations(table, 2))
     return replace(question, comparisons=testable)
@@ -228,6 +240,8 @@ def _refusal(question: Question, a: str, b: str) -> tuple[str, str] | None:
 
 
 def _unequal_budget(question: Question, a: str, b: str) -> str:
+    if a in question.outside or b in question.outside:
+        return ""
     first, second = question.spent.get(a, {}), question.spent.get(b, {})
     for unit in sorted(first.keys() | second.keys()):
         if unit not in first or unit not in second:

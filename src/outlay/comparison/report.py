@@ -20,13 +20,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import charts
-from .curves import drawn_curves
 from .formats import MISSING, counted, listed, significant
-from .meters import meter_means, meter_text, varies
-from .records import markdown, write_points, write_runs
-from .report_data import ReportData, completed
-from .tables import (
+from .page import charts
+from .page.curves import drawn_curves
+from .page.meters import meter_means, meter_text, varies
+from .page.records import markdown, write_points, write_runs
+from .page.report_data import ReportData, completed
+from .page.tables import (
     Table,
     arms_table,
     group_letters,
@@ -183,13 +183,13 @@ def _policy(scripts: list[Markup]) -> str:
 
 @lru_cache(maxsize=8)
 def _asset(name: str) -> str:
-    return (resources.files("outlay.comparison") / "page" / name).read_text(encoding="utf-8")
+    return (resources.files("outlay.comparison.page") / "assets" / name).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("outlay.comparison", "page"),
+        loader=PackageLoader("outlay.comparison.page", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -51,7 +51,7 @@ def is_constant(values: ArrayLike, scale: float | None = None) -> bool:
     """
     x = np.asarray(values, dtype=float)
     size = max(float(np.abs(x).max(initial=0)), scale or 0.0)
-    return float(np.ptp(x)) <= 16 * np.finfo(float).eps * size
+    return bool(float(np.ptp(x)) <= 16 * np.finfo(float).eps * size)
 
 
 def paired_t_test(differences: ArrayLike) -> float:

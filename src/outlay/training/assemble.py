@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..core.method import (
     OnReward,
     OnStep,
     Watcher,
+    seed_of,
 )
 from .backend import OneDevice
 from .batch import Drawer, padded
@@ -107,11 +109,24 @@ def adapt(
     check(methods, model)
     originals = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
     context.freezes = True
-    for method in methods:
+    for index, method in enumerate(methods):
         if isinstance(method, OnModel):
-            model = method.adapt(model, context)
+            with _seeded(context, "adapt", index, method):
+                model = method.adapt(model, context)
     freeze_for(methods, model, map(str, originals.values()))
     return model, originals
+
+
+@contextlib.contextmanager
+def _seeded(context: Context, place: str, index: int, method: Method) -> Iterator[None]:
+    """What a method draws from torch's default generators: from the seed, and given back."""
+    device = context.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        value = seed_of(context.seed, place, method.card.name, index)
+        torch.default_generator.manual_seed(value)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(value)
+        yield
 
 
 def assemble(
@@ -165,41 +180,46 @@ def assemble(
         kept=kept if kept is not None else {},
     )
     check(methods, None if any(isinstance(m, OnModel) for m in methods) else model)
-    pool = pool or Pool(train, recipe.seed)
+    chosen: Pool = Pool(train, recipe.seed) if pool is None else pool
     for method in methods:
         if isinstance(method, OnData):
-            context.pool = pool
-            pool = method.select(pool, context)
-    context.pool = pool
-    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool)
+            context.pool = chosen
+            with context.meter.under(method.card.name):
+                chosen = method.select(chosen, context)
+    context.pool = chosen
+    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, chosen)
     model, originals = adapt(model, methods, context)
     model = backend.place(model)
     shaped = plain = backend.place(objective(context.requests))
-    for method in methods:
+    for index, method in enumerate(methods):
         if isinstance(method, OnObjective):
-            shaped = method.shape(shaped, model, context)
+            with _seeded(context, "shape", index, method):
+                shaped = method.shape(shaped, model, context)
     shaped = backend.place(shaped)
     # `request` may have come while shaping: the set is shared with the base objective.
-    inside = refuse_inside(methods, recipe.optimizer.clip)
     rows = _train_rows(model, new_tokens)
     groups = parameter_groups(model, shaped, recipe.optimizer, methods)
     if not groups:
         raise NoEffect("nothing in this recipe trains", "add a method, or a head to train")
     _hold_cap(recipe, model)
+    inside = refuse_inside(methods, recipe.optimizer.clip, groups)
     optimizers = build_optimizers(groups, recipe.optimizer, methods, context, inside)
-    live = Live(model, shaped, optimizers, pool, context)
+    live = Live(model, shaped, optimizers, chosen, context)
     live.alias_originals(originals)
     for name, keep in rows.items():
         live.mask(name, keep, "held")
-    watchers: list[Watcher] = [m.watch(live) for m in methods if isinstance(m, OnStep)]
-    watchers += [m.weigh(live) for m in methods if isinstance(m, OnReward)]
+    watchers = _watchers(methods, live, inside)
     gradients = Gradients(
-        live, backend, [m for m in methods if isinstance(m, OnModel)], flops or FlopTable()
+        live,
+        backend,
+        [m for m in methods if isinstance(m, OnModel)],
+        FlopTable() if flops is None else flops,
+        _scope(recipe, model),
     )
     if prefix and getattr(recipe.model, "cache_frozen", False):
         gradients.prefix = FrozenPrefix(model, methods)
     on_batch = [m for m in methods if isinstance(m, OnBatch)]
-    drawer = Drawer(pool, recipe.batch, on_batch, context, model, "clean" in context.requests)
+    drawer = Drawer(chosen, recipe.batch, on_batch, context, model, "clean" in context.requests)
     loop = Loop(
         live=live,
         drawer=drawer,
@@ -215,6 +235,37 @@ def assemble(
     )
     meter.facts["total_parameters"] = sum(p.numel() for p in model.parameters())
     return Assembly(recipe, model, shaped, plain, live, loop, watchers, tokenizer, splits, context)
+
+
+def _watchers(methods: Sequence[Method], live: Live, inside: bool) -> list[Watcher]:
+    """The watchers of a stage, in the order they act; weightings after the others."""
+    watchers: list[Watcher] = []
+    for index, method in enumerate(methods):
+        if isinstance(method, OnStep):
+            with _seeded(live.context, "watch", index, method):
+                watcher = method.watch(live)
+            if inside and type(watcher).after_backward is not Watcher.after_backward:
+                owner = next(m for m in methods if _is_inside(m))
+                raise Conflict(
+                    f"{method.card.name!r} looks at a step's gradients and {owner.card.name!r} "
+                    "spends them inside backward",
+                    "leave one of them out",
+                )
+            watchers.append(watcher)
+    for method in methods:
+        if isinstance(method, OnReward):
+            weighting = method.weigh(live)
+            weighting.live = live
+            watchers.append(weighting)
+    return watchers
+
+
+def _scope(recipe: Recipe, model: nn.Module) -> str:
+    """What FLOPs depend on beside shapes, for tables that several runs share."""
+    source = recipe.id or recipe.model
+    methods = [method.spec() for method in recipe.methods]
+    facts = (type(model).__name__, source, recipe.task, recipe.objective, methods, recipe.precision)
+    return repr(facts)
 
 
 def _hold_cap(recipe: Recipe, model: nn.Module) -> None:
@@ -249,12 +300,23 @@ def _train_rows(model: nn.Module, new_tokens: Sequence[int]) -> dict[str, torch.
     return masks
 
 
-def refuse_inside(methods: Sequence[Method], clip: float | None) -> bool:
-    """True if a method updates inside backward; refuses clipping, which needs whole gradients."""
-    inside = [m for m in methods if any(c.word == "update.inside" for c in m.claims(None))]
-    if inside and clip is not None:
+def _is_inside(method: Method) -> bool:
+    return any(claim.word == "update.inside" for claim in method.claims(None))
+
+
+def refuse_inside(
+    methods: Sequence[Method], clip: float | None, groups: Sequence[dict[str, Any]] = ()
+) -> bool:
+    """True if a method updates inside backward; refuses clipping, which needs whole gradients.
+
+    Raises:
+        Conflict: If the recipe or a group clips.
+    """
+    inside = [m for m in methods if _is_inside(m)]
+    clipped = clip if clip is not None else next((c for g in groups if (c := g["clip"])), None)
+    if inside and clipped is not None:
         raise Conflict(
-            f"{inside[0].card.name!r} updates inside backward and optimizer.clip = {clip} "
+            f"{inside[0].card.name!r} updates inside backward and optimizer.clip = {clipped} "
             "needs the gradients of all parameters at once",
             "set optimizer.clip to null",
         )

@@ -66,19 +66,24 @@ class OneDevice:
         if loss.requires_grad:
             loss.backward()
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Gradient norm over parameters, added in the order given."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return torch.zeros(())
-        return torch.nn.utils.get_total_norm(gradients)
+    def seed(self, value: int) -> None:
+        """Seed torch's default generators that this machine uses, and no other's."""
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(value)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(value)
 
-    def clip(self, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
-        """Scale gradients down to a norm of at most `largest`; returns the norm before."""
-        norm = self.norm(parameters)
-        if largest is not None and parameters:
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Norm over gradients, added in the order given."""
+        found = list(gradients)
+        return torch.nn.utils.get_total_norm(found) if found else torch.zeros(())
+
+    def clip(self, parameters: list[nn.Parameter], largest: float, norm: Tensor) -> None:
+        """Scale gradients whose norm is `norm` down to a norm of at most `largest`."""
+        if parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-        return norm
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks: there is one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import Conflict
+from ..core.errors import Conflict, DataError
 from ..core.losses import Batch
 from ..core.method import Context, Draw, Example, OnBatch, Step, generator_of
 from .pool import Pool
@@ -27,7 +26,8 @@ def padded(
     """The default layout: one row an example, padded on the right.
 
     Integer lists are padded (`input_ids` with `pad_id`, `labels` with -100, others with 0) and
-    get an `attention_mask`; float lists, numbers and tensors are stacked.
+    get an `attention_mask`; so are float lists with one value a token. Other float lists,
+    numbers and tensors are stacked; maps of numbers (rewards) become maps of tensors.
 
     Args:
         examples: What a micro-batch holds.
@@ -42,12 +42,17 @@ def padded(
     for key in examples[0]:
         if key in ("id", "domain", "visit", "clean", "row"):
             continue
+        if any(key not in example for example in examples):
+            raise DataError(
+                f"some examples of a batch have {key!r} and some have not",
+                "a transform gives every example the same keys",
+            )
         values = [example[key] for example in examples]
         if isinstance(values[0], Tensor):
             batch[key] = torch.stack(values)
-        elif isinstance(values[0], (list, tuple)) and (
-            not values[0] or isinstance(values[0][0], int)
-        ):
+        elif isinstance(values[0], Mapping):
+            batch[key] = {n: torch.tensor([float(v[n]) for v in values]) for n in values[0]}
+        elif isinstance(values[0], (list, tuple)) and _by_token(key, values, examples):
             filler = {"input_ids": pad_id, "labels": -100}.get(key, 0)
             width = _width(max(map(len, values)), pad_to, length)
             batch[key] = torch.tensor([[*v, *[filler] * (width - len(v))] for v in values])
@@ -64,6 +69,15 @@ def padded(
     return batch
 
 
+def _by_token(key: str, values: Sequence[Any], examples: Sequence[Example]) -> bool:
+    """True for lists of integers, and for float lists with one value a token."""
+    if not values[0] or isinstance(values[0][0], int):
+        return True
+    if key == "labels" or "input_ids" not in examples[0]:
+        return False
+    return all(len(v) == len(e["input_ids"]) for v, e in zip(values, examples))
+
+
 def _width(longest: int, pad_to: int, length: int | None) -> int:
     if pad_to == 0 and length:
         return max(length, longest)
@@ -73,8 +87,11 @@ def _width(longest: int, pad_to: int, length: int | None) -> int:
 
 def token_count(batch: Batch) -> int:
     """Processed tokens, padding left out; rows where there are no tokens."""
+    segments = batch.get("segment_ids")
+    if isinstance(segments, Tensor):
+        return int((segments >= 0).sum())
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
+    if isinstance(mask, Tensor) and mask.dim() == 2:
         return int(mask.sum())
     ids = batch.get("input_ids")
     return int(ids.numel()) if isinstance(ids, Tensor) else example_count(batch)
@@ -124,9 +141,12 @@ class Drawer:
     ) -> None:
         self.pool, self.spec, self.methods, self.context = pool, spec, methods, context
         self.model, self.clean = model, clean
-        layouts = [found for m in methods if (found := m.layout(context)) is not None]
-        if len(layouts) > 1:
-            raise Conflict("two methods lay out batches", "leave one of them out")
+        found = [(m.card.name, layout) for m in methods if (layout := m.layout(context))]
+        if len(found) > 1:
+            raise Conflict(
+                f"{found[0][0]!r} and {found[1][0]!r} both lay out batches", "leave one of them out"
+            )
+        layouts = [layout for _, layout in found]
         pad = getattr(context.tokenizer, "pad_token_id", None) or 0
         self.layout: Layout = (
             layouts[0]
@@ -136,7 +156,6 @@ class Drawer:
         # A share of FLOPs or seconds is not known before the step before has run.
         on_clock = context.budget.unit in ("flops", "seconds")
         self.depth = 0 if pool.needs_model or on_clock else spec.prefetch
-        self._lock = threading.Lock()
         self._ahead: deque[tuple[int, Future[Drawn]]] = deque()
         self._worker = ThreadPoolExecutor(1) if self.depth else None
         self.consumed = pool.cursor()
@@ -182,14 +201,14 @@ class Drawer:
         if budget.unit in self._frontier:
             spent = min(1.0, self._frontier[budget.unit] / budget.amount)
             step = replace(step, share=spent)
-        with self._lock:
+        with self.pool.lock:
             version = self.pool.version
             examples = self.pool.draw(self.spec.size, self.model)
             after = self.pool.cursor()
         size, micro = len(examples), self.spec.micro or len(examples)
         ready = [self._transform(example, step) for example in examples]
         batches = [
-            self.layout(ready[i : i + micro], self._stream, replace(step, micro=i // micro))
+            self._laid_out(ready[i : i + micro], replace(step, micro=i // micro))
             for i in range(0, size, micro)
         ]
         self._frontier = {
@@ -199,8 +218,18 @@ class Drawer:
         }
         return Drawn(batches, after, dict(self._frontier), version)
 
+    def _laid_out(self, examples: list[Example], step: Step) -> Batch:
+        """The layout's batch, and that of the examples before corruption beside it."""
+        if "clean" not in examples[0]:
+            return self.layout(examples, self._stream, step)
+        corrupted = [{k: v for k, v in e.items() if k != "clean"} for e in examples]
+        clean = self.layout([e["clean"] for e in examples], self._stream, step)
+        return {**self.layout(corrupted, self._stream, step), "clean": clean}
+
     def _stream(self, example: Example, name: str) -> torch.Generator:
-        return generator_of(self.context.seed, name, example["id"], example.get("visit", 0))
+        return generator_of(
+            self.context.seed, "example", name, example["id"], example.get("visit", 0)
+        )
 
     def _transform(self, example: Example, step: Step) -> Example:
         original = example

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, OutlayError
 from ..core.live import Live, Mask
+from ..core.manifest import PREFIX
 
 FORMAT = 1
 _TENSOR = "__tensor__"
@@ -36,12 +38,16 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         CheckpointError: If the tree holds anything but tensors and JSON values.
     """
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach().cpu().contiguous()
-        return {_TENSOR: path}
+        # Keys may hold slashes themselves; tensors that share memory are stored apart.
+        key = path if path not in tensors else f"{path}#{len(tensors)}"
+        tensors[key] = tree.detach().cpu().contiguous()
+        return {_TENSOR: key}
     if isinstance(tree, Mapping):
         for key in tree:
-            if not isinstance(key, str):
-                raise CheckpointError(f"state key {key!r} at {path!r} is not text", "use str keys")
+            if not isinstance(key, str) or key == _TENSOR:
+                raise CheckpointError(
+                    f"state key {key!r} at {path!r} is not allowed", f"use text, not {_TENSOR!r}"
+                )
         return {key: pack(value, tensors, f"{path}/{key}") for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
@@ -61,6 +67,17 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [unpack(value, tensors) for value in tree]
     return tree
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory with one before: safetensors refuses those."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
 
 
 def _digest(path: Path) -> str:
@@ -85,18 +102,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_folder(folder: Path, tree: Any) -> None:
-    """Write a tree as a checksummed folder, whole or not at all."""
+    """Write a tree as a checksummed folder, whole or not at all.
+
+    Raises:
+        CheckpointError: If the disk does not take it; what was there before is untouched.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     plain = pack(tree, tensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     spare = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(spare, ignore_errors=True)
-    spare.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(spare, ignore_errors=True)
+        spare.mkdir()
         (spare / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-        save_file(tensors, spare / "tensors.safetensors")
+        save_file(_apart(tensors), spare / "tensors.safetensors")
         names = ("state.json", "tensors.safetensors")
         sums = {"format": FORMAT, **{name: _digest(spare / name) for name in names}}
         text = json.dumps(sums, sort_keys=True)
@@ -104,13 +126,21 @@ def write_folder(folder: Path, tree: Any) -> None:
         (spare / "checksums.json").write_text(json.dumps({"sums": text, "seal": seal}))
         for name in (*names, "checksums.json"):
             _sync(spare / name)
-    except OSError:
+        _sync(spare)
+        # The old one steps aside for a moment: a kill in between leaves it to be put back.
+        aside = folder.with_name(f".{folder.name}.old")
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        spare.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(spare, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    spare.rename(folder)
-    _sync(folder.parent)
+        raise CheckpointError(
+            f"cannot write {folder.name}: {getattr(error, 'strerror', None) or error}",
+            "free space on the disk and run the same command: it goes on from the last good one",
+        ) from None
 
 
 def read_folder(folder: Path) -> Any:
@@ -122,6 +152,9 @@ def read_folder(folder: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    aside = folder.with_name(f".{folder.name}.old")
+    if aside.exists() and not folder.exists():
+        aside.rename(folder)
     try:
         sealed = json.loads((folder / "checksums.json").read_text())
         text = sealed["sums"]
@@ -135,7 +168,7 @@ def read_folder(folder: Path) -> Any:
                 raise ValueError(f"{name} was cut or changed")
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return unpack(plain, load_file(folder / "tensors.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"checkpoint {folder.name} is damaged: {reason}", "an older one is used if there is one"
@@ -160,14 +193,21 @@ class Checkpoints:
         """Complete checkpoint folders, oldest first."""
         if not self.folder.exists():
             return []
+        for aside in self.folder.glob(".step-*.old"):
+            whole = self.folder / aside.name[1:-4]
+            if not whole.exists():
+                aside.rename(whole)
         found = [p for p in self.folder.glob("step-*") if p.name[5:].isdigit()]
         return sorted(found, key=lambda p: int(p.name[5:]))
 
     def save(self, step: int, tree: Any) -> Path:
-        """Write one and drop the oldest."""
+        """Write one; drop the oldest, what a kill left, and later ones that were not usable."""
         target = self.folder / f"step-{step:08d}"
-        write_folder(target, tree)
-        for old in self.all()[: -self.kept]:
+        write_folder(target, {"step": step, "tree": tree})
+        found = self.all()
+        later = [path for path in found if int(path.name[5:]) > step]
+        older = [path for path in found if path not in later][: -self.kept]
+        for old in (*older, *later, *self.folder.glob(".step-*")):
             shutil.rmtree(old, ignore_errors=True)
         return target
 
@@ -181,7 +221,12 @@ class Checkpoints:
         found = self.all()
         for path in reversed(found):
             try:
-                return path, read_folder(path), complaints
+                sealed = read_folder(path)
+                if sealed.get("step") != int(path.name[5:]):
+                    raise CheckpointError(
+                        f"checkpoint {path.name} holds step {sealed.get('step')}", ""
+                    )
+                return path, sealed["tree"], complaints
             except CheckpointError as error:
                 complaints.append(error.problem)
         if found:
@@ -195,24 +240,38 @@ class Checkpoints:
 # ---- what a live run's state is -----------------------------------------------------------------
 
 
-def buffer_marks(*modules: nn.Module) -> dict[str, tuple[int, int]]:
-    """Identity and version of every buffer, to tell later which were written."""
+Marks = Mapping[str, "tuple[weakref.ref[Tensor], int]"]
+
+
+def buffer_marks(*modules: nn.Module) -> dict[str, tuple[weakref.ref[Tensor], int]]:
+    """Every buffer and parameter with its version, to tell later which were written."""
     return {
-        f"{index}:{name}": (id(buffer), buffer._version)
+        f"{index}:{name}": (weakref.ref(tensor), tensor._version)
         for index, module in enumerate(modules)
-        for name, buffer in module.named_buffers()
+        for name, tensor in (*module.named_buffers(), *module.named_parameters())
     }
 
 
-def capture(live: Live, marks: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _written(marks: Marks, key: str, tensor: Tensor) -> bool:
+    """True unless this very tensor was there at the start and nobody wrote to it."""
+    mark = marks.get(key)
+    return mark is None or mark[0]() is not tensor or mark[1] != tensor._version
+
+
+def capture(live: Live, marks: Marks) -> dict[str, Any]:
     """Structure, everything ever trained or written, masks and optimizer state."""
-    named = dict(live.named_parameters())
     buffers = {
         f"{index}:{name}": buffer
         for index, module in enumerate((live.model, live.objective))
         for name, buffer in module.named_buffers()
-        if marks.get(f"{index}:{name}") != (id(buffer), buffer._version)
+        if _written(marks, f"{index}:{name}", buffer)
     }
+    # A moving average is no parameter that trains, and is written all the same.
+    for name, parameter in live.named_parameters():
+        inner = name.startswith(PREFIX)
+        if _written(marks, f"{int(inner)}:{name.removeprefix(PREFIX)}", parameter):
+            live.touched.add(name)
+    named = dict(live.named_parameters())
     return {
         "manifest": live.manifest(),
         "parameters": {name: named[name] for name in sorted(live.touched) if name in named},
@@ -225,22 +284,38 @@ def capture(live: Live, marks: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     }
 
 
-def restore(live: Live, state: Mapping[str, Any]) -> None:
-    """Rebuild the structure, then put every value and the optimizers' state back."""
-    restore_weights(live, state)
-    for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, saved)
-    for name, moments in state["restful"].items():
-        live.restful[name]["state"] = dict(moments)
+def restore(live: Live, state: Mapping[str, Any], weights_only: bool = False) -> None:
+    """Rebuild the structure, then put every value back.
 
+    Args:
+        live: Freshly assembled.
+        state: From `capture`.
+        weights_only: Leave the optimizers as they are: the model is used, not trained on.
 
-def restore_weights(live: Live, state: Mapping[str, Any]) -> None:
-    """Rebuild the structure and put parameters, buffers and masks back."""
+    Raises:
+        CheckpointError: If the state does not fit the model that its recipe makes.
+    """
     manifest = state["manifest"]
+    try:
+        _restore(live, state, manifest)
+        if not weights_only:
+            _restore_optimizers(live, state)
+    except (AttributeError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, OutlayError):
+            raise
+        raise CheckpointError(
+            f"the checkpoint does not fit this model ({type(error).__name__}: {error})",
+            "resume with the recipe that made it, or start afresh with another --out",
+        ) from error
+
+
+def _restore(live: Live, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     live.rebuild(manifest)
     named = dict(live.named_parameters())
     with torch.no_grad():
         for name, value in state["parameters"].items():
+            if named[name].shape != value.shape:
+                raise ValueError(f"shape of {name}")
             named[name].copy_(value)
         roots = (live.model, live.objective)
         for key, value in state["buffers"].items():
@@ -256,6 +331,22 @@ def restore_weights(live: Live, state: Mapping[str, Any]) -> None:
         )
 
 
+def _restore_optimizers(live: Live, state: Mapping[str, Any]) -> None:
+    named = dict(live.named_parameters())
+    for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
+        _load_optimizer(optimizer, saved)
+    for name, moments in state["restful"].items():
+        live.restful[name]["state"] = _on(named[name].device, moments)
+
+
+def _on(device: torch.device, moments: Mapping[str, Any]) -> dict[str, Any]:
+    """Moments where their parameter is; step counts stay where the optimizer keeps them."""
+    return {
+        key: value.to(device) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in moments.items()
+    }
+
+
 def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = root.get_submodule(path)
@@ -263,7 +354,8 @@ def _write_buffer(root: nn.Module, name: str, value: Tensor) -> None:
     if current is not None and current.shape == value.shape and current.dtype == value.dtype:
         current.copy_(value)
     else:
-        module._buffers[leaf] = value.clone()
+        near = current if current is not None else next(root.parameters(), value)
+        module._buffers[leaf] = value.to(near.device, copy=True)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -278,7 +370,8 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for name, parameter in zip(group["names"], group["params"]):
             if optimizer.state.get(parameter):
                 moments[name] = dict(optimizer.state[parameter])
-    return {"groups": groups, "moments": moments}
+    shared = {key: value for key, value in optimizer.state.items() if isinstance(key, str)}
+    return {"groups": groups, "moments": moments, "shared": shared}
 
 
 def _storable(value: Any) -> bool:
@@ -292,12 +385,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
         for name, parameter in zip(group["names"], group["params"]):
             moments = saved["moments"].get(name)
             if moments:
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device)
-                    if isinstance(value, Tensor) and value.dim()
-                    else value
-                    for key, value in moments.items()
-                }
+                optimizer.state[parameter] = _on(parameter.device, moments)
+    for key, value in saved["shared"].items():
+        optimizer.state[key] = value  # type: ignore[index]
 
 
 def weights_sha256(live: Live) -> str:

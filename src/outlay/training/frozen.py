@@ -7,7 +7,6 @@ The lower blocks that nothing trains give the same hidden states every time an e
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..core.errors import Conflict
 from ..core.losses import Batch, model_inputs
 from ..core.meter import FlopCounter
 from ..core.method import Method, OnBatch
+from ..core.still import hold_statistics
 from ..nn.targets import blocks, head_modules
 
 
@@ -45,20 +45,6 @@ def freeze_for(methods: Sequence[Method], model: nn.Module, original: Iterable[s
             parameter.requires_grad_(False)
     hold_statistics(model)
     return True
-
-
-def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(self, False)
-
-
-def hold_statistics(model: nn.Module) -> None:
-    """Keep running statistics of frozen normalization layers, through any later `.train()`."""
-    for module in model.modules():
-        statistics = getattr(module, "track_running_stats", False)
-        trains = any(p.requires_grad for p in module.parameters(recurse=False))
-        if statistics and not trains:
-            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
-            module.eval()
 
 
 class _PassThrough(nn.Module):
@@ -114,6 +100,7 @@ class FrozenPrefix:
         # With every block frozen the last one still runs, so that its output is in its place.
         self.depth = min(self.depth, len(self.blocks) - 1)
         self.kept: dict[Any, Tensor] = {}
+        self._mark: tuple[Any, ...] = ()
         self._real = [self.blocks[i] for i in range(self.depth)]
 
     def _below(self, name: str) -> bool:
@@ -127,16 +114,48 @@ class FrozenPrefix:
         body = getattr(self.model, getattr(self.model, "base_model_prefix", ""), self.model)
         return [child for name, child in body.named_children() if "embed" in name]
 
+    def _keys(self, batch: Batch) -> list[Any]:
+        """Id and tokens of each row: two splits may have one id for different rows."""
+        tokens = batch["input_ids"]
+        if tokens.device.type == "meta" or not hasattr(tokens, "numpy"):
+            return list(batch["ids"])
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = tokens.cpu().numpy()
+        return [
+            (example, row[:length].tobytes())
+            for example, row, length in zip(batch["ids"], rows, lengths)
+        ]
+
+    def _refresh(self) -> None:
+        """Forget everything if a lower layer was written since."""
+        lower = [p for module in (*self._real, *self._embeddings()) for p in module.parameters()]
+        mark = tuple((id(p), p._version) for p in lower)
+        if mark == self._mark:
+            return
+        if any(p.requires_grad for p in lower):
+            raise Conflict(
+                "model.cache_frozen cannot hold: a layer below the first trained block trains now",
+                "set model.cache_frozen to false",
+            )
+        self.kept.clear()
+        self._mark = mark
+
     def fill(self, batch: Batch) -> int:
-        """Compute what is not there yet; returns the FLOPs it took."""
-        if all(example in self.kept for example in batch["ids"]):
+        """Compute what is not there yet; returns the FLOPs it took.
+
+        Raises:
+            Conflict: If a parameter below the first trained block came to train.
+        """
+        self._refresh()
+        keys = self._keys(batch)
+        if all(key in self.kept for key in keys):
             return 0
         lengths = batch["attention_mask"].sum(1).tolist()
 
         def take(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = arguments[0] if arguments else named["hidden_states"]
-            for example, row, length in zip(batch["ids"], hidden, lengths):
-                self.kept[example] = row[:length].detach().clone()
+            for key, row, length in zip(keys, hidden, lengths):
+                self.kept[key] = row[:length].detach().clone()
             raise _Enough
 
         with FlopCounter() as counter:
@@ -148,7 +167,7 @@ class FrozenPrefix:
 
         def take(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = arguments[0] if arguments else named["hidden_states"]
-            self.kept |= dict(zip(batch["ids"], torch.empty_like(hidden).unbind()))
+            self.kept |= dict(zip(self._keys(batch), torch.empty_like(hidden).unbind()))
             raise _Enough
 
         self._stop_at_block(take, batch)
@@ -167,10 +186,11 @@ class FrozenPrefix:
     def bind(self, batch: Batch) -> Iterator[None]:
         """Inside, calls on this batch start at the first trained block."""
         self.fill(batch)
+        keys = self._keys(batch)
         width = batch["input_ids"].shape[1]
 
         def give(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            rows = [self.kept[example] for example in batch["ids"]]
+            rows = [self.kept[key] for key in keys]
             hidden = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
             for index, row in enumerate(rows):
                 hidden[index, : len(row)] = row

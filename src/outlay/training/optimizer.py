@@ -31,7 +31,12 @@ def parameter_groups(
         ConfigError: If a method names a parameter that does not train.
     """
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    trainable |= {PREFIX + n: p for n, p in objective.named_parameters() if p.requires_grad}
+    known = {id(p) for p in trainable.values()}
+    trainable |= {
+        PREFIX + n: p
+        for n, p in objective.named_parameters()
+        if p.requires_grad and id(p) not in known
+    }
     heads = head_modules(model)
     owner: dict[str, Method] = {}
     wanted: list[ParameterGroup] = []
@@ -75,12 +80,23 @@ def build_optimizers(
     context: Context,
     inside: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer, or one a parameter where updates happen inside backward."""
+    """One optimizer, or one a parameter where updates happen inside backward.
+
+    Raises:
+        Conflict: If two methods bring an optimizer, or one leaves parameters out.
+    """
     owners = [m for m in methods if isinstance(m, OnOptimizer)]
+    if len(owners) > 1:
+        raise Conflict(
+            f"{owners[0].card.name!r} and {owners[1].card.name!r} both bring the optimizer",
+            "leave one of them out",
+        )
     build = owners[-1].build if owners else _default
 
     def make(some: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return build([dict(group) for group in some], spec, context)
+        optimizer = build([dict(group) for group in some], spec, context)
+        _complete(optimizer, some, owners[0].card.name if owners else spec.name)
+        return optimizer
 
     if not inside:
         return [make(groups)] if groups else []
@@ -89,6 +105,23 @@ def build_optimizers(
         for group in groups
         for name, parameter in zip(group["names"], group["params"])
     ]
+
+
+def _complete(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], owner: str) -> None:
+    """Groups of a foreign optimizer get the names and base rates that the loop needs."""
+    names = {id(p): n for group in groups for n, p in zip(group["names"], group["params"])}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != set(names):
+        lost = [n for i, n in names.items() if i not in held]
+        raise Conflict(
+            f"the optimizer of {owner!r} leaves out {lost[0] if lost else 'nothing'!r} or holds "
+            "parameters that do not train",
+            "give it exactly the parameters of its groups",
+        )
+    for group in optimizer.param_groups:
+        group["names"] = [names[id(p)] for p in group["params"]]
+        group.setdefault("base_lr", group["lr"])
+        group.setdefault("clip", None)
 
 
 def _default(

@@ -414,14 +414,14 @@ def _measure(
     found.fits = peak <= free_bytes(backend)
 
 
-class _AnyShape(dict[Any, int]):
+class _AnyShape(dict[Any, dict[str, int]]):
     """A FLOP table that knows every shape: measuring counts nothing."""
 
     def __contains__(self, key: object) -> bool:
         return True
 
-    def __missing__(self, key: Any) -> int:
-        return 0
+    def __missing__(self, key: Any) -> dict[str, int]:
+        return {"": 0}
 
 
 def _one_step(assembly: Assembly, step: Step, batches: list[Batch]) -> None:

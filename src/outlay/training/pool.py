@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ class Pool:
 
     Without weights every example comes once an epoch, in an order drawn from (seed, epoch).
     With domain weights, each position draws a domain and takes the next example of that
-    domain's own order. An example's epoch is its own visit count. The state is one cursor a
-    domain, so continuing costs the same at step 10 and at step 10,000.
+    domain's own order. An example's epoch (`visit`) is its own visit count, also where weights
+    come later. The state is one cursor a domain, so continuing costs the same at step 10 and at
+    step 10,000.
 
     Args:
         examples: Dicts with at least `id`; `domain` is optional.
@@ -39,8 +41,9 @@ class Pool:
         seed: int = 0,
         domain_weights: Mapping[str, float] | None = None,
     ) -> None:
-        if not examples:
+        if not len(examples):
             raise DataError("no training example is left", "check the data and the selectors")
+        self.lock = threading.RLock()
         self.examples = examples
         self.seed = seed
         self.version = 0
@@ -49,6 +52,9 @@ class Pool:
         self.domain_weights: dict[str, float] | None = None
         self._members: dict[str, list[int]] | None = None
         self._orders: dict[str, tuple[int, list[int]]] = {}
+        self._earlier: dict[Any, int] | None = None
+        if any("id" not in example for example in examples):
+            raise DataError("a training example has no id", "give each example its own id")
         ids = [example["id"] for example in examples]
         if len(set(ids)) != len(ids):
             seen: set[Any] = set()
@@ -94,8 +100,9 @@ class Pool:
                 raise ConfigError(f"weight of {domain!r} is {weight}", "give weights >= 0")
         if sum(by_domain.values()) <= 0:
             raise ConfigError("no domain has a weight above zero", "give at least one")
-        self.domain_weights = {d: float(by_domain.get(d, 0.0)) for d in known}
-        self.version += 1
+        with self.lock:
+            self.domain_weights = {d: float(by_domain.get(d, 0.0)) for d in known}
+            self.version += 1
 
     def keep(self, chosen: Iterable[int] | Callable[[Example], bool]) -> Pool:
         """A pool of the chosen examples (indices, or a test on the example), order kept."""
@@ -103,6 +110,14 @@ class Pool:
             examples = [example for example in self.examples if chosen(example)]
         else:
             examples = [self.examples[index] for index in sorted(set(chosen))]
+        kept = self._like(examples)
+        if self.domain_weights is not None:
+            left = kept.members()
+            kept.set_weights({d: w for d, w in self.domain_weights.items() if d in left})
+        return kept
+
+    def _like(self, examples: Sequence[Example]) -> Pool:
+        """A pool of this kind over other examples; subclasses hand on their settings."""
         return type(self)(examples, self.seed)
 
     def _next_of(self, group: str, indices: Sequence[int]) -> Example:
@@ -110,21 +125,35 @@ class Pool:
         cursor = self.cursors.get(group, 0)
         epoch, offset = divmod(cursor, len(indices))
         if self._orders.get(group, (-1,))[0] != epoch:
-            generator = generator_of(self.seed, "order", group, epoch)
-            self._orders[group] = (
-                epoch,
-                torch.randperm(len(indices), generator=generator).tolist(),
-            )
+            self._orders[group] = (epoch, self._order(group, epoch, len(indices)))
         self.cursors[group] = cursor + 1
-        example = self.examples[indices[self._orders[group][1][offset]]]
-        return {**example, "visit": epoch}
+        index = indices[self._orders[group][1][offset]]
+        earlier = 0 if group == ALL else self._visits_before_weights(index)
+        return {**self.examples[index], "visit": epoch + earlier}
+
+    def _order(self, group: str, epoch: int, count: int) -> list[int]:
+        generator = generator_of(self.seed, "order", group, epoch)
+        return torch.randperm(count, generator=generator).tolist()
+
+    def _visits_before_weights(self, index: int) -> int:
+        """How often an example came in the whole pool's order, before domains had weights."""
+        epoch, offset = divmod(self.cursors.get(ALL, 0), len(self.examples))
+        if self._earlier is None:
+            order = self._order(ALL, epoch, len(self.examples)) if offset else []
+            self._earlier = dict.fromkeys(order[:offset], 1)
+        return epoch + self._earlier.get(index, 0)
 
     def draw(self, count: int, model: Any = None) -> list[Example]:
         """The next examples, each with its `visit` count."""
+        with self.lock:
+            return self._take(count)
+
+    def _take(self, count: int) -> list[Example]:
         drawn = []
         everything = range(len(self.examples))
         for _ in range(count):
             if self.domain_weights is None:
+                self._earlier = None
                 drawn.append(self._next_of(ALL, everything))
             else:
                 drawn.append(self._draw_by_domain())
@@ -133,7 +162,7 @@ class Pool:
 
     def _draw_by_domain(self) -> Example:
         assert self.domain_weights is not None
-        names = sorted(self.domain_weights)
+        names = sorted(name for name, weight in self.domain_weights.items() if weight > 0)
         total, bounds = 0.0, []
         for name in names:
             total += self.domain_weights[name]
@@ -146,12 +175,13 @@ class Pool:
 
     def peek(self, count: int) -> list[Example]:
         """The first examples of the order, without moving."""
-        cursor, self.cursors = self.cursors, {}
-        position, self.position = self.position, 0
-        try:
-            return self.draw(min(count, len(self)))
-        finally:
-            self.cursors, self.position = cursor, position
+        with self.lock:
+            cursor, position = self.cursors, self.position
+            self.cursors, self.position, self._earlier = {}, 0, None
+            try:
+                return self._take(min(count, len(self)))
+            finally:
+                self.cursors, self.position, self._earlier = cursor, position, None
 
     def cursor(self) -> dict[str, Any]:
         """Where the order stands."""
@@ -159,8 +189,10 @@ class Pool:
 
     def seek(self, cursor: Mapping[str, Any]) -> None:
         """Go to a place of the order; weights stay."""
-        self.position = int(cursor["position"])
-        self.cursors = {str(k): int(v) for k, v in cursor["cursors"].items()}
+        with self.lock:
+            self.position = int(cursor["position"])
+            self.cursors = {str(k): int(v) for k, v in cursor["cursors"].items()}
+            self._earlier = None
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and whatever a subclass keeps (the cursor is the drawer's to save)."""

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..formats import between, listed, significant
 from .curves import as_points
-from .formats import between, listed, significant
 from .report_data import COLUMNS
 from .tables import Table, arms_table, group_letters, pairs_table
 

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from ..core.errors import ConfigError
+from ...core.errors import ConfigError
 
 COLUMNS = ("step", "tokens", "flops", "seconds", "value")
 """Columns of a curve's points, in order; all but the value are totals of the run so far."""
@@ -109,7 +109,7 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(
             f"a report lacks {', '.join(sorted(missing))}",
-            "see outlay.comparison.report_data.ReportData for what it is made from",
+            "see outlay.comparison.page.report_data.ReportData for what it is made from",
         )
     unknown = sorted(set(data) - set(ReportData.__annotations__))
     if unknown:
@@ -121,7 +121,7 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
         if lacking:
             raise ConfigError(
                 f"run {number} of the report lacks {', '.join(lacking)}",
-                "see outlay.comparison.report_data.RunData",
+                "see outlay.comparison.page.report_data.RunData",
             )
     whole: dict[str, Any] = {
         "pairs": [], "verdicts": [], "ties": [], "outcome": "described", "sentence": "",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .formats import MINUS
+from ..formats import MINUS
 
 CHARACTER = 6.4
 """Mean width of a character of the figures' 12 px sans, in px; errs on the wide side."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .formats import MISSING, between, probability, signed, significant
+from ..formats import MISSING, between, probability, signed, significant
 from .meters import meter_text, varies
 
 

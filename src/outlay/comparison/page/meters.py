@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import duration, prefixed
+from ..formats import duration, prefixed
 
 
 @dataclass(frozen=True)

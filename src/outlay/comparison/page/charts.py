@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from ..formats import MINUS, between, signed, significant
 from .axes import (
     CHARACTER,
     Box,
@@ -23,7 +24,6 @@ from .axes import (
     place_labels,
     tick_text,
 )
-from .formats import MINUS, between, signed, significant
 from .meters import MeterText
 
 WIDE, NARROW = 920, 340

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import ConfigError
+from ...core.errors import ConfigError
 from .report_data import COLUMNS
 
 Floats = NDArray[np.float64]
