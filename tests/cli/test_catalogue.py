@@ -103,8 +103,9 @@ def test_cite_gives_bibtex_once_a_paper(outlay):
 
 
 def test_dashes_and_underscores_are_equal(outlay):
-    one, other = outlay("show", "tfidf-logistic-regression"), outlay(
-        "show", "tfidf_logistic_regression"
+    one, other = (
+        outlay("show", "tfidf-logistic-regression"),
+        outlay("show", "tfidf_logistic_regression"),
     )
     assert one.out == other.out and one.code == 0
     assert outlay("list", "--js_on").code == 2
