@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,7 +185,17 @@ def test_interrupts_exit_130(outlay, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(registry, "entries", stopped)
-    assert outlay("list").code == 130
+    answer = outlay("list")
+    _two_lines(answer)
+    assert answer.code == 130
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m outlay recipe schema | head -1", shell=True, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "{\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize(

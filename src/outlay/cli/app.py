@@ -90,9 +90,12 @@ def run_app(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if arguments is None:
                 warnings.showwarning = _show_warning(debug)
-            code = command.main(words, prog_name="outlay", standalone_mode=False)
+            with command.make_context("outlay", words) as context:
+                command.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
     except BrokenPipeError:
         # The reader went away, as `head` does: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
