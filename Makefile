@@ -22,7 +22,7 @@ demo: $(READY)  ## Adapt a real encoder to a real text set, six arms, six paired
 	$(BIN)/outlay compare minilm-questions
 
 demo-full: $(READY)  ## All arms and variants, learning rates tuned for each
-	$(BIN)/outlay compare minilm-questions-full --tune
+	$(BIN)/outlay compare minilm-questions-full --tune recipe
 
 test: $(READY)  ## The whole suite, as CI runs it
 	$(BIN)/ruff check src tests benchmarks

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -10,8 +11,13 @@ from adapter_kit import MODELS, bert, fill, gpt2, llama, logits, minilm, tokens,
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from outlay import Bone, load_adapter, save_adapter, set_adapter
-from outlay.core.errors import ConfigError
+from outlay import Bone, Peft, build, disable_adapters, load_adapter, save_adapter, set_adapter
+from outlay.core.budget import Budget
+from outlay.core.claims import check
+from outlay.core.errors import ConfigError, Conflict, NoEffect
+from outlay.core.live import Live
+from outlay.core.losses import Objective
+from outlay.core.method import Context, Step
 from outlay.nn.adapter import adapted_layers
 
 # PEFT asks transformers for an attribute that transformers has deprecated.
@@ -242,3 +248,199 @@ def test_broken_folders(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fill(bert())
+
+
+# ---- the method --------------------------------------------------------------------------------
+
+TYPES = {
+    "LORA": {"r": 4, "lora_alpha": 8},
+    "DORA": {"r": 4},
+    "VERA": {"r": 4},
+    "MISS": {"r": 4},
+    "ADALORA": {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 10},
+    "IA3": {
+        "target_modules": ("query", "q_proj", "c_attn", "dense", "down_proj"),
+        "feedforward_modules": ("down_proj",),
+    },
+    "LN_TUNING": {"target_modules": ("LayerNorm", "ln_1", "input_layernorm")},
+}
+
+
+def a_peft(kind: str) -> Peft:
+    return Peft(type=kind, **TYPES[kind])
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_any_adapter_trains_exports_and_is_saved(kind, make, tmp_path):
+    if kind in ("MISS", "VERA") and make is gpt2:
+        pytest.skip("PEFT's own method takes nn.Linear alone")
+    method, model, ids = a_peft(kind), make(), tokens()
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    before = logits(model, ids)
+    model = method.adapt(model)
+    assert type(model) is type(make())
+    if kind != "LORA" or make is not bert:
+        assert torch.allclose(logits(model, ids), before, atol=1e-5)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    heads = {n for n in trained if n.split(".")[0] == "classifier"}
+    assert bool(heads) == (make is bert) and not any("ranknum" in n for n in trained)
+    train(model, 3, lr=1e-2)
+    after = logits(model, ids)
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert save_adapter(model, tmp_path) == ("LORA" if kind == "DORA" else kind)
+    assert torch.allclose(logits(plain_peft(make(), tmp_path), ids), after, atol=2e-5)
+    with disable_adapters(model):
+        if make is not bert:
+            assert torch.allclose(logits(model, ids), before, atol=1e-5)
+    assert torch.equal(logits(model, ids), after)
+    plain = method.export(model)
+    assert {n: type(m) for n, m in plain.named_modules()} == kinds
+    assert torch.allclose(logits(plain, ids), after, atol=3e-5)
+    assert not hasattr(plain, "peft_config")
+
+
+def test_equal_to_peft_itself():
+    method = Peft(type="LORA", r=4, lora_alpha=8, target_modules=["query", "value"])
+    ours = method.adapt(bert())
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"])
+    theirs = peft.get_peft_model(bert(), config)
+    state = {f"base_model.model.{n}": t for n, t in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("lora_" in name or "classifier" in name)
+    assert train(ours, 5) == train(theirs.eval(), 5)
+
+
+def test_frozen_by_the_loop_or_by_hand():
+    context = Context(freezes=True)
+    model = bert()
+    model.bert.pooler.requires_grad_(False)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    a_peft("LORA").adapt(model, context)
+    left = {n.replace(".base_layer", "") for n, p in model.named_parameters() if p.requires_grad}
+    assert names <= left
+    by_hand = Peft(type="LORA", r=2, target_modules=("query",), modules_to_save=("pooler",))
+    model = by_hand.adapt(bert())
+    left = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert {n.rpartition(".")[0] for n in left} == {"classifier", "bert.pooler.dense"}
+
+
+def test_draws_follow_the_seed_and_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    states = []
+    for seed in (1, 1, 2):
+        model = llama()
+        torch.set_rng_state(state)
+        a_peft("LORA").adapt(model, Context(seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        drawn = [p.flatten() for n, p in model.named_parameters() if "lora_A" in n]
+        states.append(torch.cat(drawn))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_adalora_of_peft_brings_its_call():
+    method, model = a_peft("ADALORA"), llama()
+    context = Context(budget=Budget(10, "steps"), total_steps=10)
+    model = method.adapt(model, context)
+    objective = method.shape(Objective(), model, context)
+    assert next(iter(objective.penalties(model, Step(0, 0.0, 0)))).startswith("orthogonality")
+    live = Live(model, objective, [], None, context)
+    watcher = method.watch(live)
+    with pytest.raises(NoEffect):
+        watcher.close()
+    train(
+        model, 10, lr=1e-2,
+        after=lambda i: watcher.after_update(Step(i, i / 10, 0, total=10)),
+        penalty=lambda: sum(objective.penalties(model, Step(0, 0.0, 0)).values()),
+    )  # fmt: skip
+    watcher.close()
+    alive = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
+    assert sum(alive) == 2 * len(alive) and len(set(alive)) > 1
+    again = method.watch(live)
+    again.load_state_dict(watcher.state_dict())
+    assert again.calls == 10
+    with pytest.raises(ConfigError, match="total_step"):
+        Peft(type="ADALORA").adapt(llama())
+
+
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_beside_an_adapter_of_outlay(peft_first):
+    methods = [a_peft("LORA"), Bone(r=4)]
+    if not peft_first:
+        methods.reverse()
+    check(methods, llama())
+    model, ids = llama(), tokens()
+    for method in methods:
+        model = method.adapt(model, Context(freezes=True))
+    fill(model, scale=0.05)
+    before = logits(model, ids)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, 1)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert any("lora_B" in n for n in moved) and any("block" in n for n in moved)
+    after = logits(model, ids)
+    assert not torch.allclose(before, after)
+    for order in (methods, methods[::-1]):
+        plain = copy.deepcopy(model)
+        for method in order:
+            plain = method.export(plain)
+        assert {type(m) for m in plain.modules()} == {type(m) for m in llama().modules()}
+        assert torch.allclose(logits(plain, ids), after, atol=3e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_tied_embeddings_are_untied_by_a_merge():
+    for method in (Peft(type="LORA", r=2, target_modules=("lm_head",)),
+                   Bone(r=4, target_modules=("lm_head",))):  # fmt: skip
+        model, ids = llama(tied=True), tokens()
+        embedded = model.get_input_embeddings().weight.detach().clone()
+        model = fill(method.adapt(model))
+        after = logits(model, ids)
+        plain = method.export(model)
+        assert torch.allclose(logits(plain, ids), after, atol=1e-5)
+        assert torch.equal(plain.get_input_embeddings().weight, embedded)
+        assert not plain.config.tie_word_embeddings
+
+
+def test_claims_of_types():
+    assert a_peft("LORA").claims(None)[0].word == "delta.additive"
+    assert a_peft("DORA").claims(None)[0].word == "delta.multiplicative"
+    assert a_peft("IA3").claims(None)[0].word == "delta.multiplicative"
+    with pytest.raises(Conflict):
+        check([a_peft("DORA"), Bone(r=4)], bert())
+
+
+@pytest.mark.parametrize("text", [
+    "peft(type='LORA', r=8, lora_alpha=16)", "peft(type='vera', r=4)", "peft(type='dora')",
+    "peft(type='LORA', rank_pattern={'query': 2}, target_modules=['query'])",
+    "peft(type='LORA', layers_to_transform=[-1], adapter_name='other')",
+])  # fmt: skip
+def test_call_strings(text):
+    method = build(text)
+    assert build(method.spec()) == method and hash(method) == hash(build(text))
+    assert len(method.adapt(bert()).peft_config) == 1
+
+
+@pytest.mark.parametrize("text", [
+    "peft", "peft(type='LORRA')", "peft(type=8)", "peft(type='LORA', rr=8)", "peft(r=8)",
+    "peft(type='LORA', r='8')", "peft(type='LORA', r=0)", "peft(type='LORA', use_dora=1)",
+    "peft(type='PROMPT_TUNING')", "peft(type='XLORA')", "peft(type='POLY')",
+    "peft(type='LORA', bias='all')", "peft(type='LORA', init_lora_weights='eva')",
+    "peft(type='ADALORA', total_step=10, tinit=10)", "peft(type='LORA', target_modules=[])",
+])  # fmt: skip
+def test_bad_settings(text):
+    with pytest.raises(ConfigError) as error:
+        build(text)
+    assert error.value.problem and error.value.remedy
+
+
+def test_bad_for_the_model():
+    with pytest.raises(NoEffect, match="qeury"):
+        Peft(type="LORA", target_modules=("qeury",)).adapt(bert())
+    with pytest.raises(ConfigError, match="PEFT refuses"):
+        Peft(type="MISS", r=4).adapt(gpt2())
+    model = a_peft("LORA").adapt(bert())
+    with pytest.raises(Conflict, match="already"):
+        a_peft("VERA").adapt(model)

@@ -8,6 +8,7 @@ state, so that outlay reloads the very method. PEFT itself is not needed here.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -69,6 +70,8 @@ def save_adapter(
     Raises:
         ConfigError: If there is no such adapter, or it cannot be written as `peft_type`.
     """
+    if not adapted_layers(model) and adapter_name in getattr(model, "peft_config", {}):
+        return _save_injected(model, Path(folder), base, adapter_name)
     deltas, layers, methods = _collect(model, adapter_name)
     makers = dict.fromkeys(m for m in methods.values() if m is not None)
     method = next(iter(makers)) if len(makers) == 1 and None not in methods.values() else None
@@ -111,6 +114,49 @@ def save_adapter(
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _save_injected(
+    model: nn.Module, where: Path, base: str | Path | None, adapter_name: str
+) -> str:
+    """An adapter that `peft(type=...)` injected, in PEFT's own words, with the trained modules."""
+    from peft.utils import get_peft_model_state_dict
+
+    kept: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    whole, shared = getattr(kept, "save_projection", False), {}
+    if whole:
+        # Projections that all layers share stand on PEFT's wrapper, which is not there: take
+        # them from a layer.
+        kept.save_projection = False
+        for module in model.modules():
+            for name in ("vera_A", "vera_B"):
+                held = getattr(module, name, {})
+                if name not in shared and adapter_name in held:
+                    shared[f"base_model.{name}"] = held[adapter_name]
+    try:
+        tensors = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        )
+    finally:
+        if whole:
+            kept.save_projection = True
+    saved = trained_modules(model, ())
+    current = {original_name(n): t for n, t in model.state_dict().items()}
+    for path in saved:
+        tensors |= {n: t for n, t in current.items() if n.startswith(f"{path}.")}
+    config = copy.deepcopy(kept)
+    config.base_model_name_or_path = str(base) if base is not None else _home(model)
+    config.modules_to_save, config.task_type = list(saved) or None, _task(model)
+    config.inference_mode = True
+    # The paths that were injected may lead through wrappers; the base model has none.
+    config.target_modules = sorted(map(original_name, config.target_modules))
+    where.mkdir(parents=True, exist_ok=True)
+    for stale in (SETTINGS, STATE):
+        (where / stale).unlink(missing_ok=True)
+    prefixed = {PREFIX + n.removeprefix(PREFIX): t for n, t in tensors.items()}
+    _write_tensors(where / WEIGHTS, prefixed | shared)
+    config.save_pretrained(str(where))
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _collect(
@@ -195,8 +241,9 @@ def trained_modules(model: nn.Module, methods: tuple[AdapterMethod, ...]) -> tup
     wanted = [*head_modules(model), *(n for m in methods for n in m.modules_to_save)]
     paths = [n for n in view if any(n == w or n.endswith(f".{w}") for w in wanted)]
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".deltas." not in f".{name}":
-            paths.append(original_name(name.rpartition(".")[0]))
+        path = original_name(name.rpartition(".")[0])
+        if parameter.requires_grad and path in view:
+            paths.append(path)
     kept: dict[str, None] = {}
     for path in dict.fromkeys(paths):
         if path not in wrapped and not any(p == path or path.startswith(f"{p}.") for p in kept):

@@ -279,7 +279,7 @@ class OutlayTrainer(Trainer):
             if whole and name == losses.primary:
                 weight = torch.as_tensor(num_items_in_batch, device=weight.device)
             value = value + term.coefficient * term.row_sums().sum() / weight.clamp(min=1e-30)
-        if self.model.training:
+        if model.training:
             # The trainer divides by the accumulation steps unless it counted the items itself.
             share = 1.0 / self.current_gradient_accumulation_steps if whole else 1.0
             for penalty in self.shaped.penalties(model, step).values():
@@ -292,7 +292,7 @@ class OutlayTrainer(Trainer):
         """The trainer's optimizer, or that of a method that brings one; groups carry names."""
         owners = [m for m in self.methods if isinstance(m, OnOptimizer)]
         if self.optimizer is None and owners:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in self._module().named_parameters() if p.requires_grad]
             group = {
                 "params": [p for _, p in named],
                 "names": [n for n, _ in named],
@@ -325,15 +325,19 @@ class OutlayTrainer(Trainer):
         if folder is None or not folder.exists():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.watching.attach(self.model, self.optimizer, self.state.max_steps, self.args.seed)
+        self.watching.attach(self._module(), self.optimizer, self.state.max_steps, self.args.seed)
         self.watching.restore(folder)
         schedule = Path(checkpoint or "") / "scheduler.pt"
         if schedule.exists() and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
 
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def export_model(self) -> nn.Module:
         """The plain model, methods merged and unwrapped."""
-        model: Any = self.shaped.export_source(self.model)
+        model: Any = self.shaped.export_source(self._module())
         for method in reversed(self.methods):
             if isinstance(method, OnModel):
                 model = method.export(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..core.errors import ConfigError
+from ..recipes.arms import suggestion
 from . import screen
 from .errors import INTERRUPTED
 from .inputs import TYPED, assignment, literal, open_recipe
@@ -29,6 +30,8 @@ from .progress import progress_for
 
 if TYPE_CHECKING:
     pass
+
+OWN_GRID = "recipe"
 
 Arms = Annotated[
     Optional[list[str]],  # noqa: UP045 - evaluated by Typer
@@ -52,7 +55,8 @@ Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split.",
+        help="Tune a setting over a grid, equally for every arm, on the validation split; "
+        '"recipe" takes the grid that comes with the recipe.',
     ),
 ]
 
@@ -81,13 +85,17 @@ def compare(
     Each arm adds its methods to the recipe's. Interrupted, the same command goes on at the run
     it was in.
     """
-    arms = list(arm or ())
+    suggested = suggestion(recipe)
+    arms = list(arm or suggested.arms)
+    notes = [suggested.note] if not arm and not tune and suggested.note else []
     if len(arms) < 2:
         raise ConfigError(
             f"{len(arms)} arm{'s are' if not arms else ' is'} given, a comparison needs two",
             'give --arm "NAME=bone(r=16)" twice or more',
         )
-    grid = dict(map(_grid, tune or ()))
+    grid = dict(map(_grid, (t for t in tune or () if t != OWN_GRID)))
+    if tune and OWN_GRID in tune:
+        grid |= {key: list(values) for key, values in suggested.grid.items()}
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
     progress = progress_for(quiet, no_progress)
     try:
@@ -105,6 +113,7 @@ def compare(
             threads=threads,
             progress=progress,
             command=TYPED.get(),
+            notes=notes,
         )
     except KeyboardInterrupt:
         progress.close()

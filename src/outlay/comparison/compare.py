@@ -282,8 +282,8 @@ def _run_data(arm: str, seed: int, result: Result | None, failure: str) -> dict[
     curves: dict[str, list[list[float]]] = {}
     last: list[float] = [0.0, 0.0, 0.0]
     for line in result.curves:
-        place = [line.get(key) for key in ("tokens", "flops", "seconds")]
-        last = place if None not in place else last
+        if all(key in line for key in ("tokens", "flops", "seconds")):
+            last = [line[key] for key in ("tokens", "flops", "seconds")]
         for key, value in line.items():
             if key in _CURVES or "/" in key:
                 curves.setdefault(key, []).append([line["step"], *last, value])

@@ -236,12 +236,18 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model answers as its base does, even where adapters were merged."""
     layers = list(adapted_layers(model).values())
     before = [(layer, layer.active, bool(layer.merged)) for layer in layers]
+    theirs = [m for m in model.modules() if hasattr(m, "_disable_adapters") and wraps(m)]
+    switches = [(m, m._disable_adapters) for m in theirs]
     try:
         for layer in layers:
             layer.unmerge()
             layer.active = ()
+        for module in theirs:
+            module._disable_adapters = True  # type: ignore[assignment]
         yield model
     finally:
+        for module, off in switches:
+            module._disable_adapters = off
         for layer, active, merged in before:
             layer.active = active
             if merged:
@@ -276,7 +282,7 @@ def unwrap_adapters(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
         if adapter_name is None or adapter_name in layer.deltas:
             layer.merge()
             model = swap(model, layer, layer.base_layer)
-    _untie(model)
+    untie(model)
     return model
 
 
@@ -299,7 +305,7 @@ def leave_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def _untie(model: nn.Module) -> None:
+def untie(model: nn.Module) -> None:
     """Tell the config when a merge has given input and output embeddings different weights."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):

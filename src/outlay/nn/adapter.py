@@ -46,15 +46,15 @@ from .targets import head_modules, linear_shape, match_modules
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterMethod(Method):
-    """Settings and steps that every adapter shares; a subclass also inherits `OnModel`.
+class TargetedMethod(Method):
+    """What every method has that acts on chosen layers of a frozen model.
 
     Attributes:
         target_modules: "all-linear", a regular expression over paths, or names that paths end in.
         layers_to_transform: Indices of the repeated blocks; None means all.
         modules_to_save: Modules that train in full beside the adapter (the task's head always
             does).
-        adapter_name: Name under which the deltas stand, for switching.
+        adapter_name: Name under which the adapter stands, for switching.
     """
 
     target_modules: str | Annotated[tuple[str, ...], Len(1)] | list[str] = "all-linear"
@@ -62,62 +62,15 @@ class AdapterMethod(Method):
     modules_to_save: tuple[str, ...] | list[str] = ()
     adapter_name: str = DEFAULT
 
-    @abstractmethod
-    def make(self, name: str, layer: nn.Module, context: Context | None) -> Delta:
-        """The delta of one layer. `layer` is the plain base layer, `name` its path."""
-
     def kinds(self) -> tuple[type[nn.Module], ...]:
         """Layer types beside linear ones that the method can adapt."""
         return ()
-
-    def to_peft(
-        self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]
-    ) -> dict[str, Any] | None:
-        """Entries of the PEFT config that means the same, `peft_type` among them, or None.
-
-        Args:
-            deltas: This method's deltas by the original path of their layer.
-            layers: The plain layers by the same paths; PEFT does not take every kind everywhere.
-        """
-        return None
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> AdapterMethod | None:
-        """The settings that a PEFT config of the same method means, or None."""
-        return None
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """Plain layers that the method adapts, by original path."""
         return match_modules(
             bare(model), self.target_modules, self.layers_to_transform, self.kinds()
         )
-
-    def adapt(self, model: nn.Module, context: Context | None = None) -> nn.Module:
-        """Wrap the matched layers in place; freeze everything else when called by hand.
-
-        Raises:
-            NoEffect: If no module matches.
-            Conflict: If a layer already has an adapter of this name.
-        """
-        made = {
-            name: self.make(name, layer, context) for name, layer in self.targets(model).items()
-        }
-        by_hand = context is None or not context.freezes
-        if by_hand:
-            freeze_base(model, keep=self.trains(model))
-        return insert_deltas(model, made, self.adapter_name, self, freeze=by_hand)
-
-    def export(self, model: nn.Module) -> nn.Module:
-        """Merge every layer that has this method's delta and put its plain layer back."""
-        return unwrap_adapters(model, self.adapter_name)
-
-    def deltas(self, model: nn.Module) -> dict[str, Any]:
-        """This method's deltas by the original path of their layer."""
-        return {
-            original_name(path): layer.deltas[self.adapter_name]
-            for path, layer in adapted_layers(model).items()
-            if self.adapter_name in layer.deltas
-        }
 
     def claims(self, model: nn.Module | None) -> list[Claim]:
         """The card's words, on the weights of the matched layers."""
@@ -147,6 +100,58 @@ class AdapterMethod(Method):
                 )
             names += found
         return tuple(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMethod(TargetedMethod):
+    """Settings and steps that every adapter shares; a subclass also inherits `OnModel`."""
+
+    @abstractmethod
+    def make(self, name: str, layer: nn.Module, context: Context | None) -> Delta:
+        """The delta of one layer. `layer` is the plain base layer, `name` its path."""
+
+    def to_peft(
+        self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]
+    ) -> dict[str, Any] | None:
+        """Entries of the PEFT config that means the same, `peft_type` among them, or None.
+
+        Args:
+            deltas: This method's deltas by the original path of their layer.
+            layers: The plain layers by the same paths; PEFT does not take every kind everywhere.
+        """
+        return None
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> AdapterMethod | None:
+        """The settings that a PEFT config of the same method means, or None."""
+        return None
+
+    def adapt(self, model: nn.Module, context: Context | None = None) -> nn.Module:
+        """Wrap the matched layers in place; freeze everything else when called by hand.
+
+        Raises:
+            NoEffect: If no module matches.
+            Conflict: If a layer already has an adapter of this name.
+        """
+        made = {
+            name: self.make(name, layer, context) for name, layer in self.targets(model).items()
+        }
+        by_hand = context is None or not context.freezes
+        if by_hand:
+            freeze_base(model, keep=self.trains(model))
+        return insert_deltas(model, made, self.adapter_name, self, freeze=by_hand)
+
+    def export(self, model: nn.Module) -> nn.Module:
+        """Merge every layer that has this method's delta and put its plain layer back."""
+        return unwrap_adapters(model, self.adapter_name)
+
+    def deltas(self, model: nn.Module) -> dict[str, Any]:
+        """This method's deltas by the original path of their layer."""
+        return {
+            original_name(path): layer.deltas[self.adapter_name]
+            for path, layer in adapted_layers(model).items()
+            if self.adapter_name in layer.deltas
+        }
 
 
 def insert_deltas(
@@ -205,7 +210,8 @@ def freeze_base(model: nn.Module, keep: tuple[str, ...] = ()) -> None:
 
 
 __all__ = [
-    "AdaptedLayer", "AdapterMethod", "Delta", "adapted_layers", "adapter_names", "apply_weight",
+    "AdaptedLayer", "AdapterMethod", "Delta", "TargetedMethod", "adapted_layers",
+    "adapter_names", "apply_weight",
     "as_matrix", "bare", "base_device", "delta_dtype", "disable_adapters", "freeze_base",
     "fusable", "insert_deltas", "linear_shape", "merge_adapters", "original_name",
     "plain_layer", "set_adapter", "unmerge_adapters", "unwrap_adapters", "wraps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,23 @@ def low_rank_output(
     if not dropping and fusable(x, base):
         return LowRankProduct.apply(x, a, b, base)  # type: ignore[return-value]
     return Delta.output(delta, x, base)
+
+
+def orthogonality_loss(matrices: Sequence[Tensor], norm: str = "mean_fro") -> Tensor:
+    r"""How far the rows of matrices are from orthonormal; equal shapes are stacked.
+
+    "mean_fro": the mean of ||A A^T - I||_F. "squared_sum": the sum of the squares.
+    """
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for matrix in matrices:
+        groups.setdefault(tuple(matrix.shape), []).append(matrix)
+    norms = []
+    for (r, _), members in groups.items():
+        stack = torch.stack(members)
+        eye = torch.eye(r, dtype=stack.dtype, device=stack.device)
+        norms.append(torch.linalg.matrix_norm(stack @ stack.mT - eye))
+    every = torch.cat(norms)
+    return every.mean() if norm == "mean_fro" else every.square().sum()
 
 
 class LowRankDelta(Delta):

@@ -10,9 +10,7 @@ from torch import nn
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
-def moved(
-    module: ModuleType, device: torch.device, dtype: torch.dtype | None = None
-) -> ModuleType:
+def moved(module: ModuleType, device: torch.device, dtype: torch.dtype | None = None) -> ModuleType:
     """The module on a device, floating-point tensors in a dtype; untouched if it is there.
 
     Args:

@@ -38,12 +38,12 @@ def factor_cost(shapes: Mapping[str, tuple[int, int]]) -> Cost:
 
 
 def allocate_ranks(
-    spectra: Mapping[str, Float[Tensor, " k"]],
+    spectra: Mapping[str, Float[Tensor, "_"]],
     budget: float,
     r_min: int = 1,
     r_max: int | None = None,
     multiple_of: int = 1,
-    policy: Policy = "greedy_energy",
+    policy: str = "greedy_energy",
     cost: Cost = linear_cost,
 ) -> dict[str, int]:
     r"""Give each matrix a rank so that all together cost at most the budget.

@@ -16,6 +16,7 @@ _HOMES = {
     "digits-vit": "digits_vit",
     "glass-lm": "glass_lm",
     "minilm-questions": "minilm_questions",
+    "minilm-questions-full": "minilm_questions_full",
     "minilm-reviews": "minilm_reviews",
 }
 

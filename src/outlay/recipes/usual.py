@@ -77,6 +77,13 @@ def minilm_questions() -> Recipe:
     )
 
 
+def minilm_questions_full() -> Recipe:
+    """The same questions with every layer open to the methods; for comparisons done properly."""
+    return minilm_questions().changed(
+        {"name": "minilm-questions-full", "model.cache_frozen": False}
+    )
+
+
 def minilm_reviews() -> Recipe:
     """The same encoder on real-valued ratings of 3,708 sentences of product reviews."""
     return minilm_questions().changed(

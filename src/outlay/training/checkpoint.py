@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -284,22 +284,35 @@ def capture(live: Live, marks: Marks) -> dict[str, Any]:
     }
 
 
-def restore(live: Live, state: Mapping[str, Any], weights_only: bool = False) -> None:
-    """Rebuild the structure, then put every value back.
-
-    Args:
-        live: Freshly assembled.
-        state: From `capture`.
-        weights_only: Leave the optimizers as they are: the model is used, not trained on.
+def restore(live: Live, state: Mapping[str, Any]) -> None:
+    """Rebuild the structure, then put every value and the optimizers' state back.
 
     Raises:
         CheckpointError: If the state does not fit the model that its recipe makes.
     """
-    manifest = state["manifest"]
+    restore_weights(live, state)
+    with _fitting():
+        for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
+            _load_optimizer(optimizer, saved)
+        named = dict(live.named_parameters())
+        for name, moments in state["restful"].items():
+            live.restful[name]["state"] = _on(named[name].device, moments)
+
+
+def restore_weights(live: Live, state: Mapping[str, Any]) -> None:
+    """Rebuild the structure and put parameters, buffers and masks back.
+
+    Raises:
+        CheckpointError: If the state does not fit the model that its recipe makes.
+    """
+    with _fitting():
+        _restore(live, state, state["manifest"])
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
     try:
-        _restore(live, state, manifest)
-        if not weights_only:
-            _restore_optimizers(live, state)
+        yield
     except (AttributeError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, OutlayError):
             raise
@@ -329,14 +342,6 @@ def _restore(live: Live, state: Mapping[str, Any], manifest: Mapping[str, Any]) 
             kind,
             None if held is None else held.to(device),
         )
-
-
-def _restore_optimizers(live: Live, state: Mapping[str, Any]) -> None:
-    named = dict(live.named_parameters())
-    for optimizer, saved in zip(live.optimizers, state["optimizers"], strict=True):
-        _load_optimizer(optimizer, saved)
-    for name, moments in state["restful"].items():
-        live.restful[name]["state"] = _on(named[name].device, moments)
 
 
 def _on(device: torch.device, moments: Mapping[str, Any]) -> dict[str, Any]:

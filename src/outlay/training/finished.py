@@ -234,7 +234,7 @@ def open_run(folder: str | Path, *, device: str = "auto", threads: int | None = 
     stage, last = stages[-1]
     state = checkpoint.read_folder(folder / "trained" / stage.name)
     assembly = runner.assembled(stage, last, len(stages) - 1, state["kept"])
-    checkpoint.restore(assembly.live, state, weights_only=True)
+    checkpoint.restore_weights(assembly.live, state)
     # What frozen layers give is kept for rows that come again; here every row comes once.
     assembly.loop.gradients.prefix = None
     return Finished(folder, last, result, runner.materials_of(last), assembly)

@@ -76,7 +76,7 @@ def measured_peak(work: Callable[[], None], backend: OneDevice, held: Iterable[T
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            running += event.nbytes()
+            running += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             largest = max(largest, running)
     return resident.now + largest
 

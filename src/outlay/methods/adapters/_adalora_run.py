@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ...core.allocate import allocate, cubic
 from ...core.errors import NoEffect
 from ...core.losses import Objective, Shaped
 from ...core.method import Step, Watcher
+from ...nn.lowrank import orthogonality_loss
 from ...nn.sensitivity import UnitScores
 
 if TYPE_CHECKING:
@@ -41,25 +42,6 @@ class Phases:
         return 0.0 if done < _ROUNDING else 1.0 if done > 1 - _ROUNDING else done
 
 
-def orthogonality_loss(deltas: Sequence[TripletDelta], norm: str = "mean_fro") -> Tensor:
-    r"""How far the rows of A and the columns of B are from orthonormal (eq. 5).
-
-    "mean_fro": mean over the 2n matrices of ||A A^T - I||_F and ||B^T B - I||_F.
-    "squared_sum": sum of the squares. Equal shapes are stacked.
-    """
-    groups: dict[tuple[int, ...], list[Tensor]] = {}
-    for delta in deltas:
-        for matrix in (delta.a, delta.b.T):
-            groups.setdefault(tuple(matrix.shape), []).append(matrix)
-    norms = []
-    for (r, _), matrices in groups.items():
-        stack = torch.stack(matrices)
-        eye = torch.eye(r, dtype=stack.dtype, device=stack.device)
-        norms.append(torch.linalg.matrix_norm(torch.baddbmm(-eye, stack, stack.mT)))
-    every = torch.cat(norms)
-    return every.mean() if norm == "mean_fro" else every.square().sum()
-
-
 class Orthogonal(Shaped):
     """The inner objective with the orthogonality penalty."""
 
@@ -73,7 +55,9 @@ class Orthogonal(Shaped):
         if self._found[0] != id(model):
             # A walk over the model costs as much as the penalty itself: once is enough.
             self._found = (id(model), tuple(self.method.deltas(model).values()))
-        loss = orthogonality_loss(self._found[1], self.method.orth_norm)
+        # The rows of A and the columns of B (eq. 5).
+        factors = [matrix for delta in self._found[1] for matrix in (delta.a, delta.b.T)]
+        loss = orthogonality_loss(factors, self.method.orth_norm)
         name = f"orthogonality.{self.method.adapter_name}"
         return {**super().penalties(model, step), name: self.method.gamma * loss}
 
