@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -61,7 +62,9 @@ def test_status_is_the_verdict_of_the_replication(outlay, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", sorted(registry.entries()))
 def test_show_explains_every_method(outlay, name):
     shown = outlay("show", name, "--json").json
-    assert shown["description"] and shown["example"].split('"')[1].startswith(name)
+    call = shown["example"].split('"')[1]
+    assert shown["description"] and call.startswith(name)
+    assert registry.build(call).card.name == name
     assert all(s["text"] for s in shown["settings"]), shown["settings"]
     assert name in outlay("show", name).out
 
@@ -123,21 +126,28 @@ def test_nothing_heavy_is_imported(arguments):
     assert done.stderr.endswith("heavy: "), done.stderr
 
 
-def _fastest(*arguments: str, times: int = 5) -> float:
-    """Seconds of the best of some calls: what it costs when nothing else runs."""
-    best = float("inf")
-    for _ in range(times):
-        began = time.perf_counter()
+def _cost(arguments: list[str], limit: float) -> tuple[float, float]:
+    """Wall-clock and processor seconds of the best of up to 12 calls."""
+    wall = processor = float("inf")
+    for _ in range(12):
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(
             [sys.executable, "-m", "outlay", *arguments], capture_output=True, check=True
         )
-        best = min(best, time.perf_counter() - began)
-    return best
+        wall = min(wall, time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        processor = min(processor, used)
+        if wall <= limit:
+            break
+    return wall, processor
 
 
 @pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.4), (["list"], 1.0)])
 def test_help_and_list_are_fast(arguments, limit):
-    assert _fastest(*arguments) <= limit
+    wall, processor = _cost(arguments, limit)
+    # On a machine that is busy with something else, the processor's time tells.
+    assert wall <= limit or processor <= 0.75 * limit
 
 
 def test_bibtex_of_several_authors():

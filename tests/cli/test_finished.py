@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from outlay.cli import export, predict
 from outlay.core.errors import CheckpointError, ConfigError
@@ -112,6 +113,29 @@ def test_export_as_an_adapter(outlay, finished, work):
     assert outlay("export", finished, "--out", "x", "--format", "onnx").code == 2
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("kind", ["LORA", "DORA", "MISS", "VERA"])
+def test_pefts_own_adapters_load_in_peft(outlay, work, kind):
+    from peft import PeftModel
+
+    folder = outlay(
+        "run", "mine.yaml", "--json", "--quiet", "--set", "methods=[]",
+        "--method", f"peft(type='{kind}', r=2)",
+    ).last["folder"]  # fmt: skip
+    said = outlay("export", folder, "--out", "adapter", "--format", "peft", "--json").json
+    assert said["kind"] == kind.replace("DORA", "LORA")
+    finished = open_run(folder)
+    base = finished.materials.model(finished.recipe)
+    loaded = PeftModel.from_pretrained(base, str(work / "adapter")).eval()
+    batch = next(iter(finished.assembly.batches("test")))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        theirs = loaded(**inputs).logits
+        ours = finished.model.eval()(**inputs).logits
+    assert torch.allclose(theirs, ours, atol=1e-6)
+
+
 def test_export_of_a_run_without_adapter_says_so(outlay, work):
     folder = outlay(
         "run", "mine.yaml", "--json", "--quiet", "--set", "methods=[full]", "--budget", "2steps"
@@ -164,7 +188,7 @@ def test_what_changed_since_is_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     "method",
     ["adalora(init_r=4, target_r=2)", "lamda(r=8, freeze_fraction=0.5)", "svfit(rank=8)",
-     "bone(r=4, variant='bat')", "probe", "full"],
+     "bone(r=4, variant='bat')", "peft(type='LORA', r=2)", "probe", "full"],
 )  # fmt: skip
 def test_every_methods_trained_weights_come_back(outlay, work, method):
     result = outlay(
