@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from outlay.core.allocate import allocate
 from outlay.core.errors import CheckpointError, ConfigError, NoEffect
 from outlay.core.live import Live
 from outlay.core.losses import Objective
@@ -91,6 +92,17 @@ def test_budgets_hold_and_more_never_takes_away(
         assert all(before[n] <= r <= 6 and r % step == 0 for n, r in ranks.items())
         before = ranks
     assert all(r == min(6, len(spectra[n])) // step * step for n, r in before.items())
+
+
+def test_equal_prices_are_the_shared_allocator() -> None:
+    generator = torch.Generator().manual_seed(1)
+    spectra = {
+        f"m{i}": torch.rand(7, generator=generator).sort(descending=True)[0] for i in range(4)
+    }
+    scores = torch.cat([(s.double() ** 2 / (s.double() ** 2).sum())[1:] for s in spectra.values()])
+    for budget in (4, 9, 17, 28):
+        kept = allocate(scores, budget=budget - 4).view(4, 6).sum(1) + 1
+        assert list(allocate_ranks(spectra, budget).values()) == kept.tolist()
 
 
 def test_hollow_spectra_are_shared_evenly() -> None:

@@ -56,7 +56,7 @@ Tune = Annotated[
     typer.Option(
         metavar="KEY=A,B,C",
         help="Tune a setting over a grid, equally for every arm, on the validation split; "
-        '"recipe" takes the grid that comes with the recipe.',
+        "the word recipe takes the recipe's own grid.",
     ),
 ]
 

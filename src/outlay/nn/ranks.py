@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.allocate import allocate
 from ..core.errors import ConfigError
 from .svd import energies, hollow
 
@@ -118,17 +117,19 @@ def _urgencies(s: Tensor, policy: str, multiple_of: int) -> Callable[[int], floa
 
 
 def _afford(urgency: list[float], prices: list[float], budget: float) -> list[bool]:
-    """The most urgent units up to the first that the budget does not pay for."""
-    scores = torch.tensor(urgency, dtype=torch.float64)
-    if len(set(prices)) <= 1:
-        return allocate(scores, torch.tensor(prices, dtype=torch.float64), budget).tolist()
-    # `allocate` would pass over a dear unit and take a cheap one behind it; then a larger budget
-    # could take a direction away from a matrix.
-    order = torch.argsort(scores, descending=True, stable=True)
-    spent = torch.tensor(prices, dtype=torch.float64)[order].cumsum(0)
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    keep[order[spent <= budget + 1e-9]] = True
-    return keep.tolist()
+    """The most urgent units up to the first that the budget does not pay for.
+
+    At equal prices this is `core.allocate`. At unequal ones that would pass over a dear unit and
+    take a cheap one behind it, and a larger budget could take a direction away from a matrix.
+    Plain Python, because a plan calls it where tensors have no values.
+    """
+    keep, left = [False] * len(urgency), budget
+    for index in sorted(range(len(urgency)), key=lambda i: -urgency[i]):
+        left -= prices[index]
+        if left < -1e-9:
+            break
+        keep[index] = True
+    return keep
 
 
 def _check(

@@ -32,7 +32,7 @@ from ..core.method import (
 )
 from .backend import OneDevice
 from .batch import Drawer, padded
-from .frozen import FrozenPrefix, freeze_for
+from .frozen import freeze_for, frozen_prefix
 from .gradients import Gradients
 from .loop import Loop
 from .optimizer import build_optimizers, parameter_groups, schedule_of
@@ -217,7 +217,7 @@ def assemble(
         _scope(recipe, model),
     )
     if prefix and getattr(recipe.model, "cache_frozen", False):
-        gradients.prefix = FrozenPrefix(model, methods)
+        gradients.prefix = frozen_prefix(model, methods)
     on_batch = [m for m in methods if isinstance(m, OnBatch)]
     drawer = Drawer(chosen, recipe.batch, on_batch, context, model, "clean" in context.requests)
     loop = Loop(

@@ -88,7 +88,6 @@ class FrozenPrefix:
             f"{rewriting[0]!r} rewrites inputs" if rewriting
             else f"{below[0]!r} trains below the first trained block" if below
             else "the lower layers have dropout" if dropping
-            else "the first block trains" if self.depth == 0
             else "every block is frozen" if self.depth == len(self.blocks)
             else ""
         )  # fmt: skip
@@ -208,3 +207,15 @@ class FrozenPrefix:
             handle.remove()
             for index, real in enumerate(self._real):
                 self.blocks[index] = real
+
+
+def frozen_prefix(model: nn.Module, methods: Sequence[Method]) -> FrozenPrefix | None:
+    """The cache of the frozen lower layers; None if the first block trains: nothing to cache.
+
+    Raises:
+        Conflict: If the lower layers are frozen and cannot be cached.
+    """
+    stack = blocks(model)
+    if stack is not None and any(p.requires_grad for p in stack[1][0].parameters()):
+        return None
+    return FrozenPrefix(model, methods)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
-from . import models, tokens
+from . import models
 from .data import Row, Splits, encode, load
 from .export import fingerprint
 from .labels import Labels
@@ -65,13 +65,12 @@ class Materials:
             recipe.task,
             self.labels,
             tokenizer=self.tokenizer,
+            added=self.added,
             seed=recipe.seed,
             precision=recipe.precision,
             length=recipe.batch.length,
             meta=hollow,
         )
-        if self.added:
-            tokens.grow_tokens(model, self.tokenizer, self.added, recipe.seed)
         return model
 
     def objective(self, recipe: Recipe, requests: set[str]) -> Objective:
@@ -107,10 +106,13 @@ def load_materials(recipe: Recipe, tokenizer: Any = None, hollow: bool = False) 
         digest = "" if hollow else fingerprint(model)
     elif isinstance(recipe.model, nn.Module):
         digest = fingerprint(recipe.model)
-    added = tuple(
+    wanted = dict.fromkeys(
         token for m in recipe.methods if isinstance(m, OnBatch) for token in m.tokens(tokenizer)
     )
-    if added:
+    added: tuple[str, ...] = ()
+    if wanted:
+        known = tokenizer.get_vocab()
+        added = tuple(token for token in wanted if token not in known)
         tokenizer.add_tokens(list(added), special_tokens=True)
 
     def encoded(rows: list[Row]) -> list[Example]:

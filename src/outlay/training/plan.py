@@ -289,9 +289,10 @@ def _prefix_of(assembly: Assembly, batch: Batch) -> Iterator[None]:
     if not getattr(assembly.recipe.model, "cache_frozen", False):
         yield
         return
-    from .frozen import FrozenPrefix
-
-    prefix = FrozenPrefix(assembly.model, assembly.recipe.methods)
+    prefix = frozen_prefix(assembly.model, assembly.recipe.methods)
+    if prefix is None:
+        yield
+        return
     prefix.pretend(_on_device(assembly, batch))
     with prefix.bind(batch):
         yield

@@ -24,7 +24,9 @@ class SeededDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.seed, ctx.p = int(torch.randint(1 << 62, (), device="cpu")), p
+        # A plan's tensors have no values, so nothing can be drawn from them.
+        ctx.seed = 0 if hollow(x) else int(torch.randint(1 << 62, (), device="cpu"))
+        ctx.p = p
         return x * _mask(x, p, ctx.seed)
 
     @staticmethod

@@ -106,7 +106,9 @@ class LaMDA(AdapterMethod, OnModel, OnStep):
     init: Init = "svd_residual"
     freeze_fraction: Annotated[float, Ge(0.0), Le(1.0)] | None = 0.3
     freeze_order: Order = "largest_first"
-    rank_pattern: tuple[tuple[str, Annotated[int, Ge(1)]], ...] = ()
+    rank_pattern: (
+        tuple[tuple[str, Annotated[int, Ge(1)]], ...] | dict[str, Annotated[int, Ge(1)]]
+    ) = ()
     allocate: Policy = "uniform"
     rank_budget: Annotated[float, Gt(0.0)] | None = None
     r_min: Annotated[int, Ge(1)] = 1

@@ -38,9 +38,9 @@ Rank = (
 _SINGULAR = 1e-6
 """Share of the largest singular value below which one counts as zero."""
 
-_ONE_SIDED = 1e-4
-"""Smallest share of the largest singular value that one basis alone can carry: W v_i / sigma_i
-stands for u_i, and float32 rounding in it grows with sigma_1 / sigma_i."""
+_CARRIED = 1e-2
+"""Smallest share of the largest singular value whose second vector the weight can carry: W v_i /
+sigma_i stands for u_i, and float32 rounding in it grows with sigma_1 / sigma_i."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,9 @@ class SVFit(AdapterMethod, OnModel):
     100 times LoRA's.
 
     What it costs: r trained numbers a matrix, and frozen bases in memory. Both bases are
-    r (out + in) numbers; one is r min(out, in), and with "full" that equals what dropping W and
-    keeping both would hold. `costs` says it in bytes, the meter keeps it as
-    "resident_frozen_bytes".
+    r (out + in) numbers. One is r min(out, in): with "full", W and one basis are as many numbers
+    as both bases without W, and W stays in its place. `costs` says it in bytes, the meter keeps
+    it as "resident_frozen_bytes".
 
     Attributes:
         rank: Values that train: a number, "full", or ("energy", share of the squared values).
@@ -75,8 +75,8 @@ class SVFit(AdapterMethod, OnModel):
         basis: Singular vectors (paper), or random orthonormal ones as a control.
         basis_dtype: "float32" (float64 on a float64 base), or "base" for the weight's own type;
             bfloat16 bases are orthogonal to 4e-3 only.
-        hold: One basis where that is precise enough and both elsewhere ("auto"), or always one
-            or both.
+        hold: One basis, and the other for values below 1e-2 of the largest, where one would not
+            be precise ("auto"), or always one or both.
         embed_bases: Keep the bases in the state: where singular values repeat ("auto"), or
             always; "never" refuses such weights.
         allow_rebuild: Load a state that was trained on another base weight.
@@ -170,10 +170,18 @@ class SVFit(AdapterMethod, OnModel):
             u, sigma, vh = found.u[:, indices], found.s[indices], found.vh[indices]
             travels = embeds(found, indices, self.embed_bases, name)
             self._check_zeros(sigma, found.s, name)
-        side = self._side(layer, shape, sigma, found.s, name)
+        # On the output side nothing runs back through W where the input needs no gradient; a
+        # convolution's patches exist on the input side only inside the convolution.
+        t = self._tail(sigma, found.s, name)
+        one_sided = t < rank and is_linear(layer)
+        side: Side = "right" if shape[1] < shape[0] and one_sided else "left"
         kind = basis_type(layer, self.basis_dtype)
-        bases = {"u": u.to(kind).contiguous(), "vh": vh.to(kind).contiguous()}
-        bases.pop({"right": "u", "left": "vh"}.get(side, ""), None)
+        bases = {"u": u.to(kind), "vh": vh.to(kind)}
+        if side == "left":
+            bases["vh"] = bases["vh"][rank - t :]
+        else:
+            bases["u"] = bases["u"][:, rank - t :]
+        bases = {key: value.clone() for key, value in bases.items() if value.numel()}
         return SVFitDelta(
             {**bases, "sigma": sigma.to(kept).clone()},
             side,
@@ -213,25 +221,18 @@ class SVFit(AdapterMethod, OnModel):
                 "or set parameterisation='additive'",
             )
 
-    def _side(
-        self, layer: nn.Module, shape: tuple[int, int], sigma: Tensor, s: Tensor, name: str
-    ) -> Side:
-        """Which bases the layer holds."""
-        # On the output side nothing runs back through W where the input needs no gradient; a
-        # convolution's patches exist on the input side only inside the convolution.
-        side: Side = "right" if shape[1] < shape[0] and is_linear(layer) else "left"
+    def _tail(self, sigma: Tensor, s: Tensor, name: str) -> int:
+        """How many of the chosen values, the last ones, have both vectors held."""
         if self.hold == "both" or self.basis == "random":
-            return "both"
+            return len(sigma)
         if self.parameterisation == "relative" or hollow(sigma):
-            return side
-        share = float(sigma.min() / s[0].clamp_min(torch.finfo(s.dtype).tiny))
-        wide = 1e-9 if sigma.dtype == torch.float64 else _ONE_SIDED
-        if share >= wide:
-            return side
-        if self.hold == "one":
+            return 0
+        wide = sigma.dtype == torch.float64
+        small = int((sigma <= (1e-9 if wide else _CARRIED) * s[0]).sum())
+        if small and self.hold == "one":
             raise ConfigError(
-                f"svfit.hold = 'one', but a chosen singular value of {name!r} is {share:.0e} of "
-                "the largest, too small for the weight to stand in for its vector",
+                f"svfit.hold = 'one', but {small} chosen singular values of {name!r} are too small "
+                "for the weight to stand in for their vectors",
                 "set hold='auto', a smaller rank, or parameterisation='relative'",
             )
-        return "both"
+        return small
