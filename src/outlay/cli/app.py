@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +60,7 @@ def build_app() -> typer.Typer:
         (_USE, "report", report.report),
         (_HERE, "doctor", doctor.doctor),
     ):
-        app.command(name, rich_help_panel=panel)(verb)
+        app.command(name, help=_unwrapped(verb), rich_help_panel=panel)(verb)
     recipes = typer.Typer(help="Copy, check and describe recipes.")
     for name, verb in (
         ("list", recipe.list_recipes),
@@ -68,9 +68,16 @@ def build_app() -> typer.Typer:
         ("check", recipe.check),
         ("schema", recipe.schema),
     ):
-        recipes.command(name)(verb)
+        recipes.command(name, help=_unwrapped(verb))(verb)
     app.add_typer(recipes, name="recipe", rich_help_panel=_PREPARE)
     return app
+
+
+def _unwrapped(verb: Callable[..., None]) -> str:
+    """A verb's docstring, its paragraphs as single lines: the terminal wraps them."""
+    return "\n\n".join(
+        " ".join(part.split()) for part in (verb.__doc__ or "").strip().split("\n\n")
+    )
 
 
 def run_app(arguments: Sequence[str] | None = None) -> int:
