@@ -60,9 +60,9 @@ def blocks_of(page: Path) -> list[Block]:
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's ./my-model: a BERT of two small blocks, without a head for the task."""
+    """The README's ./my-model: a BERT of one small block, without a head for the task."""
     folder = tmp_path_factory.mktemp("saved") / "my-model"
-    spec = ModelSpec(config="bert", layers=2, width=32)
+    spec = ModelSpec(config="bert", layers=1, width=32)
     model, tokenizer = load_model(spec, "sequence-classification", Labels(("a", "b")))
     save_model(model.get_submodule("bert"), tokenizer, folder)
     return folder
