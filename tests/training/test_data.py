@@ -151,6 +151,18 @@ def test_datasets_folders_keep_their_class_names(tmp_path):
     )
 
 
+def test_a_folder_of_shards_is_one_training_split(tmp_path):
+    for shard in range(3):
+        write(tmp_path / f"part-{shard}.jsonl", rows_of()[shard * 6 : shard * 6 + 6])
+    (tmp_path / "README.txt").write_text("no data")
+    splits = load(spec(tmp_path, validation_share=0, test_share=0), TASK)
+    assert [row["id"] for row in splits.train] == [str(i) for i in range(18)]
+    write(
+        tmp_path / "part-2.jsonl", [{"sentence": "a", "kind": "no"}, {"sentence": "b", "kind": ""}]
+    )
+    assert "part-2.jsonl line 2: no label" in refused(tmp_path)[0]
+
+
 def test_a_selection_that_was_saved_reads_as_selected(tmp_path):
     hub(rows_of()).select(range(3, 13)).save_to_disk(str(tmp_path / "some"))
     splits = load(spec(tmp_path / "some", validation_share=0, test_share=0), TASK)

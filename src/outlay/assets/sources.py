@@ -58,11 +58,10 @@ def find(package: str, module: str, needs: str) -> Source | None:
         needs: Path inside the module that must be there.
     """
     for folder in _folders():
-        found = _unpacked(folder, package, module) or _wheel(folder, package, module)
-        if found is not None and _holds(found, needs):
-            return found
-    spec = importlib.util.find_spec(module)
-    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for found in (*_unpacked(folder, package, module), *_wheel(folder, package, module)):
+            if _holds(found, needs):
+                return found
+    for location in _installed(module):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -71,6 +70,12 @@ def find(package: str, module: str, needs: str) -> Source | None:
         if _holds(found, needs):
             return found
     return None
+
+
+def _installed(module: str) -> list[str]:
+    """Folders of an installed top-level package, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    return list(spec.submodule_search_locations or ()) if spec is not None else []
 
 
 def _holds(source: Source, needs: str) -> bool:
@@ -92,7 +97,8 @@ def _plain(package: str) -> str:
     return re.sub(r"[-_.]+", "_", package).lower()
 
 
-def _unpacked(folder: Path, package: str, module: str) -> Source | None:
+def _unpacked(folder: Path, package: str, module: str) -> list[Source]:
+    found = []
     for base in (folder, folder / package, folder / module):
         if (base / module).is_dir():
             versions = [
@@ -100,16 +106,18 @@ def _unpacked(folder: Path, package: str, module: str) -> Source | None:
                 for name in base.glob("*.dist-info")
                 if _plain(name.name.rpartition("-")[0]) == _plain(package)
             ]
-            return Source(base / module, versions[0] if versions else "", base / module)
-    return None
+            found.append(Source(base / module, versions[0] if versions else "", base / module))
+    return found
 
 
-def _wheel(folder: Path, package: str, module: str) -> Source | None:
+def _wheel(folder: Path, package: str, module: str) -> list[Source]:
+    found = []
     for path in sorted(folder.glob("*.whl")):
         name, _, rest = path.name.partition("-")
         if _plain(name) == _plain(package) and zipfile.is_zipfile(path):
-            return Source(zipfile.Path(path, f"{module}/"), rest.partition("-")[0], path)
-    return None
+            root = zipfile.Path(path, f"{module}/")
+            found.append(Source(root, rest.partition("-")[0], path))
+    return found
 
 
 def cache_folder() -> Path:

@@ -29,7 +29,7 @@ Labeled = Annotated[
 ]
 Rows = Annotated[
     Path,
-    typer.Option("--data", help="Rows as the recipe's, labels not needed."),
+    typer.Option("--data", help="Rows as the recipe's, labels not needed.", show_default=False),
 ]
 Target = Annotated[
     Optional[Path],  # noqa: UP045

@@ -47,10 +47,12 @@ class Described:
     Attributes:
         summary: Docstring without its sections.
         settings: In the order that the class takes them, inherited ones last.
+        is_open: True if it takes further settings and hands them on.
     """
 
     summary: str
     settings: tuple[Setting, ...]
+    is_open: bool = False
 
 
 def described(entry: Entry) -> Described:
@@ -62,7 +64,10 @@ def described(entry: Entry) -> Described:
         fresh = {s.name: s for s in _fields(node, path, texts)}
         found = {**found, **{k: v for k, v in fresh.items() if k not in found}}
     text = ast.get_docstring(own) or ""
-    return Described(summary_of(text), tuple(found.values()))
+    is_open = any(
+        isinstance(n, ast.FunctionDef) and n.name == "__init__" and n.args.kwarg for n in own.body
+    )
+    return Described(summary_of(text), tuple(found.values()), is_open)
 
 
 def summary_of(docstring: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Mask:
     held: Tensor | None = None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the loop lends to `Live`."""
 

@@ -112,7 +112,7 @@ class Rows:
         """(Sum of sums) / (sum of weights) of one term; 0 if it has no weight."""
         weight = self.weights[term].sum()
         total = self.sums[term].sum()
-        return total / weight if float(weight) > 0 else total * 0
+        return total / weight if float(weight.detach()) > 0 else total * 0
 
     def scaled(self, factors: Tensor, term: str | None = None) -> Rows:
         """A copy with the examples of one term (the primary by default) weighted by `factors`."""

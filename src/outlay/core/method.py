@@ -70,20 +70,19 @@ def _checked(adapter: Any, given: Any) -> Any:
     """The first form of a value that its annotation allows, hashable."""
     from pydantic import ValidationError
 
-    forms = [_freeze(given), given]
-    pairs = isinstance(given, (tuple, list)) and all(
-        isinstance(p, (tuple, list)) and len(p) == 2 and isinstance(p[0], str) for p in given
-    )
-    if pairs:
-        forms.append(dict(given))
-    refusal: Exception | None = None
-    for form in forms:
+    try:
+        return _freeze(adapter.validate_python(_freeze(given)))
+    except ValidationError as error:
+        # An annotation that wants a map or a set alone gets one; the setting stays hashable.
+        kinds = {detail["type"] for detail in error.errors()}
+        if not kinds <= {"dict_type", "mapping_type", "set_type", "frozen_set_type"}:
+            raise
+        wants_map = kinds & {"dict_type", "mapping_type"}
         try:
-            return _freeze(adapter.validate_python(form))
-        except ValidationError as error:
-            refusal = refusal or error
-    assert refusal is not None
-    raise refusal
+            given = dict(given) if wants_map else given
+        except (TypeError, ValueError):
+            raise error from None
+        return _freeze(adapter.validate_python(given))
 
 
 @functools.cache

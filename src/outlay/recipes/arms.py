@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 _TOP = "layers_to_transform=(-2, -1)"
-_TARGETS = "target_modules=['query', 'key', 'value', 'dense']"
+_LORA = (
+    "peft(type='LORA', r=8, lora_alpha=16, layers_to_transform=[4, 5], "
+    "target_modules=['query', 'key', 'value', 'dense'])"
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,7 @@ SUGGESTIONS: dict[str, Suggestion] = {
         (
             "probe=probe @ optimizer.lr=3e-2",
             "tfidf=tfidf_logistic_regression",
-            f"lora=peft(type='LORA', r=8, lora_alpha=16, {_TARGETS}, layers_to_transform=[4, 5])"
-            " @ optimizer.lr=3e-3",
+            f"lora={_LORA} @ optimizer.lr=3e-3",
             f"adalora=adalora(init_r=12, target_r=8, {_TOP}) @ optimizer.lr=1e-2",
             f"bone=bone(r=8, {_TOP}) @ optimizer.lr=3e-3",
             f"svfit=svfit(rank=64, {_TOP}) @ optimizer.lr=1e-2",

@@ -26,6 +26,7 @@ from ..core.manifest import PREFIX
 
 FORMAT = 1
 _TENSOR = "__tensor__"
+_SMALL = 1 << 20
 
 
 # ---- trees of plain values and tensors -----------------------------------------------------------
@@ -240,22 +241,33 @@ class Checkpoints:
 # ---- what a live run's state is -----------------------------------------------------------------
 
 
-Marks = Mapping[str, "tuple[weakref.ref[Tensor], int]"]
+Mark = tuple["weakref.ref[Tensor]", int, str]
+Marks = Mapping[str, Mark]
 
 
-def buffer_marks(*modules: nn.Module) -> dict[str, tuple[weakref.ref[Tensor], int]]:
-    """Every buffer and parameter with its version, to tell later which were written."""
+def buffer_marks(*modules: nn.Module) -> dict[str, Mark]:
+    """Every buffer and parameter as it is now, to tell later which were written."""
     return {
-        f"{index}:{name}": (weakref.ref(tensor), tensor._version)
+        f"{index}:{name}": (weakref.ref(tensor), tensor._version, _small_digest(tensor))
         for index, module in enumerate(modules)
         for name, tensor in (*module.named_buffers(), *module.named_parameters())
     }
 
 
+def _small_digest(tensor: Tensor) -> str:
+    """Content of a small buffer: batch normalization writes its own without a new version."""
+    large = tensor.numel() * tensor.element_size() > _SMALL
+    if isinstance(tensor, nn.Parameter) or large or tensor.device.type == "meta":
+        return ""
+    return tensors_sha256({"": tensor})
+
+
 def _written(marks: Marks, key: str, tensor: Tensor) -> bool:
     """True unless this very tensor was there at the start and nobody wrote to it."""
     mark = marks.get(key)
-    return mark is None or mark[0]() is not tensor or mark[1] != tensor._version
+    if mark is None or mark[0]() is not tensor or mark[1] != tensor._version:
+        return True
+    return mark[2] != _small_digest(tensor)
 
 
 def capture(live: Live, marks: Marks) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -122,6 +123,23 @@ def _write(model: Any, tokenizer: Any, draft: Path, labels: Labels | None) -> No
         model.config = config
     if tokenizer is not None:
         tokenizer.save_pretrained(str(draft))
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        contract = json.dumps(_image_contract(config), indent=2)
+        (draft / "preprocessor_config.json").write_text(contract + "\n", encoding="utf-8")
+
+
+def _image_contract(config: Any) -> dict[str, Any]:
+    """What the model was trained on: images of one size, values from 0 to 1."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    }
 
 
 def _in_own_units(model: nn.Module, state: Mapping[str, Tensor], labels: Labels) -> dict[str, Any]:

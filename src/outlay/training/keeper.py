@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .log import Log
 from .tokens import token_bytes
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What shows a run while it goes."""
 

@@ -8,11 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..core.errors import CheckpointError
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Anything with `log(dict, step)`: TensorBoard, MLflow, W&B, trackio."""
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
-from . import models, tokens
+from . import models
 from .data import Row, Splits, encode, load
 from .export import fingerprint
+from .frozen import PrefixStore
 from .labels import Labels
 from .objectives import objective_for
 from .recipe import ModelSpec, Recipe
@@ -34,6 +35,7 @@ class Materials:
         fingerprint: Content hash of the data.
         model_fingerprint: Content hash of the plain model; empty if only planned.
         counts: Rows read, kept and dropped.
+        prefixes: What frozen lower layers gave, shared by the runs.
     """
 
     train: list[Example]
@@ -45,6 +47,7 @@ class Materials:
     fingerprint: str
     model_fingerprint: str
     counts: dict[str, Any] = field(default_factory=dict)
+    prefixes: dict[str, PrefixStore] = field(default_factory=dict)
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
@@ -65,13 +68,12 @@ class Materials:
             recipe.task,
             self.labels,
             tokenizer=self.tokenizer,
+            added=self.added,
             seed=recipe.seed,
             precision=recipe.precision,
             length=recipe.batch.length,
             meta=hollow,
         )
-        if self.added:
-            tokens.grow_tokens(model, self.tokenizer, self.added, recipe.seed)
         return model
 
     def objective(self, recipe: Recipe, requests: set[str]) -> Objective:
@@ -107,10 +109,13 @@ def load_materials(recipe: Recipe, tokenizer: Any = None, hollow: bool = False) 
         digest = "" if hollow else fingerprint(model)
     elif isinstance(recipe.model, nn.Module):
         digest = fingerprint(recipe.model)
-    added = tuple(
+    wanted = dict.fromkeys(
         token for m in recipe.methods if isinstance(m, OnBatch) for token in m.tokens(tokenizer)
     )
-    if added:
+    added: tuple[str, ...] = ()
+    if wanted:
+        known = tokenizer.get_vocab()
+        added = tuple(token for token in wanted if token not in known)
         tokenizer.add_tokens(list(added), special_tokens=True)
 
     def encoded(rows: list[Row]) -> list[Example]:

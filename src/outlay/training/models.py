@@ -8,7 +8,7 @@ float64. Whatever is drawn at random comes from (seed, name): the global generat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from .heads import fit_head, fresh_parameters, scale_head, start_at_mean
 from .labels import Labels
 from .quiet import quiet_transformers
 from .recipe import ModelSpec
+from .scratch import scratch_config
 from .tokens import (
     byte_tokenizer,
+    grow_rows,
     grow_tokens,
     load_tokenizer,
     token_bytes,
@@ -32,8 +34,8 @@ from .tokens import (
 )
 
 __all__ = [
-    "byte_tokenizer", "fingerprint", "grow_tokens", "load_model", "load_tokenizer", "save_model",
-    "scale_head", "token_bytes", "with_padding",
+    "byte_tokenizer", "fingerprint", "grow_rows", "grow_tokens", "load_model", "load_tokenizer",
+    "save_model", "scale_head", "token_bytes", "with_padding",
 ]  # fmt: skip
 
 _PROBLEM = {
@@ -50,17 +52,6 @@ _AUTO = {
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
-_SCRATCH = {
-    "llama": ("sequence-classification", "regression", "multi-label-classification",
-              "causal-language-modeling"),
-    "gpt2": ("sequence-classification", "regression", "multi-label-classification",
-             "causal-language-modeling"),
-    "bert": ("sequence-classification", "regression", "multi-label-classification"),
-    "t5": ("sequence-classification", "regression", "multi-label-classification",
-           "sequence-to-sequence"),
-    "vit": ("image-classification",),
-    "cnn": ("image-classification",),
-}  # fmt: skip
 
 
 def load_model(
@@ -69,6 +60,7 @@ def load_model(
     labels: Labels | None = None,
     *,
     tokenizer: Any = None,
+    added: Sequence[str] = (),
     seed: int = 0,
     precision: str = "float32",
     length: int = 512,
@@ -82,6 +74,8 @@ def load_model(
         task: One of `recipe.TASKS`.
         labels: Label space: size and names of the head, target scales, image shape.
         tokenizer: Used in place of the model's own.
+        added: Tokens that the tokenizer has beyond the model's own; they get rows here, drawn
+            from (seed, token).
         seed: Seed of the head, and of every weight of a model from scratch.
         precision: Weights are float64 for "float64", float32 otherwise.
         length: Longest row in tokens; a model with fewer positions is refused.
@@ -97,11 +91,12 @@ def load_model(
     """
     labels = labels or Labels()
     folder = _folder(spec, base)
-    is_text = task != "image-classification"
-    if is_text and tokenizer is None:
+    config = None if folder is None else _config(folder)
+    if task != "image-classification" and tokenizer is None:
         tokenizer = _tokenizer(spec, folder, base)
-    config = _scratch(spec, task, labels, tokenizer, length) if folder is None else _config(folder)
-    _check(config, spec, task, labels, tokenizer, length)
+    if config is None:
+        config = scratch_config(spec, task, labels, tokenizer, length)
+    _check(config, task, labels, tokenizer, length, len(added))
     saved = dict(config.id2label or {})
     _settle(config, spec, task, labels, tokenizer)
     dtype = torch.float64 if precision == "float64" else torch.float32
@@ -113,6 +108,8 @@ def load_model(
         )
     if folder is None and not meta:
         start_at_mean(model, labels)
+    if added:
+        grow_rows(model, tokenizer, added, seed)
     if spec.gradient_checkpointing:
         _checkpoint_gradients(model)
     return model.train(), tokenizer
@@ -141,7 +138,7 @@ def _folder(spec: ModelSpec, base: Path | None) -> Path | None:
 
 def _tokenizer(spec: ModelSpec, folder: Path | None, base: Path | None) -> Any:
     if spec.tokenizer is None:
-        return byte_tokenizer() if folder is None else load_tokenizer(folder)
+        return byte_tokenizer(spec.config == "t5") if folder is None else load_tokenizer(folder)
     place = _local(spec.tokenizer, base)
     if not place.is_dir():
         from .. import assets
@@ -163,8 +160,14 @@ def _config(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise ConfigError(
-            f"model folder {str(folder)!r} does not exist",
+            f"model folder {str(folder)!r} "
+            + ("is a file" if folder.exists() else "does not exist"),
             "give a local transformers folder, or {asset: NAME} for a packaged model",
+        )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model folder {str(folder)!r} holds an adapter, not a model",
+            "give the model that it was made for",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -201,85 +204,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
-def _scratch(spec: ModelSpec, task: str, labels: Labels, tokenizer: Any, length: int) -> Any:
-    """A config of the asked shape; the feed-forward part is the family's usual multiple."""
-    import transformers
-
-    kind = str(spec.config)
-    if task not in _SCRATCH[kind]:
-        fitting = [name for name, tasks in _SCRATCH.items() if task in tasks]
-        raise ConfigError(
-            f"model.config = {kind!r} has no head for {task}", f"use {' or '.join(fitting)}"
-        )
-    width, layers = spec.width or 128, spec.layers or 4
-    heads = spec.heads or max(1, width // 32)
-    if kind != "cnn" and (width % heads or (kind == "llama" and (width // heads) % 2)):
-        raise ConfigError(
-            f"model.heads = {heads} does not divide model.width = {width}"
-            + (" into even parts" if kind == "llama" else ""),
-            "choose width = heads * 32",
-        )
-    if kind in ("vit", "cnn"):
-        return _image_config(kind, width, layers, heads, labels)
-    size = spec.vocabulary or len(tokenizer)
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    positions = max(512, length)
-    if kind == "llama":
-        return transformers.LlamaConfig(
-            vocab_size=size, hidden_size=width, num_hidden_layers=layers,
-            intermediate_size=-(-8 * width // 24) * 8, num_attention_heads=heads,
-            max_position_embeddings=positions, tie_word_embeddings=True, **ids,
-        )  # fmt: skip
-    if kind == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=size, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions,
-            **ids,
-        )  # fmt: skip
-    if kind == "bert":
-        return transformers.BertConfig(
-            vocab_size=size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=4 * width, max_position_embeddings=positions, **ids,
-        )  # fmt: skip
-    start = tokenizer.pad_token_id
-    return transformers.T5Config(
-        vocab_size=size, d_model=width, num_layers=layers, num_heads=heads, d_kv=width // heads,
-        d_ff=4 * width, pad_token_id=start, eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=start,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-
-
-def _image_config(kind: str, width: int, layers: int, heads: int, labels: Labels) -> Any:
-    if len(labels.image) != 3:
-        raise ConfigError("the data holds no images", "give rows with pixel_values")
-    channels, height, breadth = labels.image
-    if kind == "cnn":
-        from .convnet import ConvNetConfig
-
-        return ConvNetConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            image_size=(height, breadth),
-            num_channels=channels,
-        )
-    import transformers
-
-    # The smallest patch that leaves at most 64 of them.
-    fitting = [p for p in range(1, min(height, breadth) + 1) if not (height % p or breadth % p)]
-    small = [p for p in fitting if p > 1 and (height // p) * (breadth // p) <= 64]
-    return transformers.ViTConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * width, image_size=(height, breadth), num_channels=channels,
-        patch_size=small[0] if small else fitting[-1], hidden_dropout_prob=0.0,
-    )  # fmt: skip
-
-
-def _check(
-    config: Any, spec: ModelSpec, task: str, labels: Labels, tokenizer: Any, length: int
-) -> None:
+def _check(config: Any, task: str, labels: Labels, tokenizer: Any, length: int, added: int) -> None:
     """Refuse what would fail later, or train without a word on something else."""
     if task in _PROBLEM and not labels.names:
         raise ConfigError(f"{task} needs named labels", "load the data before the model")
@@ -300,10 +225,19 @@ def _check(
             f"{config.model_type!r} reads both sides of a token, so it cannot predict the next",
             "give a decoder (LLaMA- or GPT-2-shaped), or another task",
         )
+    if task in _PROBLEM and config.is_encoder_decoder:
+        # These heads read the state at the last end-of-text token of each row.
+        end = getattr(config, "eos_token_id", None)
+        if end is None or tokenizer("a")["input_ids"][-1:] != [end]:
+            raise ConfigError(
+                f"a {config.model_type!r} model needs rows that end in its end-of-text token for "
+                f"{task}, and the tokenizer does not put it there",
+                "give the tokenizer that belongs to the model",
+            )
     size = getattr(config, "vocab_size", None)
-    if size is not None and len(tokenizer) > size:
+    if size is not None and len(tokenizer) - added > size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model {size:,}",
+            f"the tokenizer has {len(tokenizer) - added:,} tokens, the model {size:,}",
             "raise model.vocabulary, or give the tokenizer that belongs to the model",
         )
     positions = getattr(config, "max_position_embeddings", None)
@@ -413,4 +347,7 @@ def _checkpoint_gradients(model: nn.Module) -> None:
             f"{type(model).__name__} has no gradient checkpointing",
             "set model.gradient_checkpointing to false",
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # The name changed within the versions of transformers that are supported.
+    name = "activation_checkpointing_enable"
+    name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})

@@ -27,6 +27,7 @@ from ..core.method import OnModel, Step
 from ..nn.targets import head_modules
 from .assemble import Assembly, assemble, expected_steps
 from .backend import OneDevice, batch_key
+from .frozen import frozen_prefix
 from .materials import Materials, load_materials
 from .memory import LiveBytes, free_bytes, measured_peak
 from .recipe import Recipe
@@ -289,9 +290,10 @@ def _prefix_of(assembly: Assembly, batch: Batch) -> Iterator[None]:
     if not getattr(assembly.recipe.model, "cache_frozen", False):
         yield
         return
-    from .frozen import FrozenPrefix
-
-    prefix = FrozenPrefix(assembly.model, assembly.recipe.methods)
+    prefix = frozen_prefix(assembly.model, assembly.recipe.methods)
+    if prefix is None:
+        yield
+        return
     prefix.pretend(_on_device(assembly, batch))
     with prefix.bind(batch):
         yield

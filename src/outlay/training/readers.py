@@ -22,6 +22,8 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow")
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+             "LICENSE.txt", "README.txt", "requirements.txt")  # fmt: skip
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Table:
         keyed: True if columns called id and domain are used without being named: for packaged
             data and rows in memory.
         ids: Id of each row, once `rows_of` has read them.
+        parts: The tables that this one was joined from.
     """
 
     name: str
@@ -46,9 +49,14 @@ class Table:
     classes: dict[str, list[str]] = field(default_factory=dict)
     keyed: bool = False
     ids: list[str] = field(default_factory=list)
+    parts: list[Table] = field(default_factory=list)
 
     def where(self, index: int) -> str:
         """File and line of a row."""
+        for part in self.parts:
+            if index < len(part.rows):
+                return part.where(index)
+            index -= len(part.rows)
         return f"{self.name} {self.unit} {self.places[index]}"
 
     @property
@@ -116,18 +124,22 @@ def read_splits(path: Path) -> dict[str, Table]:
 
 
 def _loose_files(path: Path) -> dict[str, Table]:
-    """Files named after splits (`train-00000-of-00001.parquet`, `test.jsonl`), also in data/."""
+    """Files named after splits (`train-00000-of-00001.parquet`, `test.jsonl`), also in data/.
+
+    Where no file is named after a split, all of them together are the training rows.
+    """
     files = [p for base in (path, path / "data") if base.is_dir() for p in sorted(base.iterdir())]
-    by_split: dict[str, list[Table]] = {}
+    files = [p for p in files if p.is_file() and _kind(p) in _KINDS and p.name not in _NOT_DATA]
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        if not file.is_file() or _kind(file) not in _KINDS:
-            continue
         stem = file.name.split(".")[0].lower()
         word = stem.replace("_", "-").split("-")[0]
         split = next((s for s, names in SPLIT_NAMES.items() if word in names), None)
         if split is not None:
-            by_split.setdefault(split, []).append(read_table(file))
-    return {split: _joined(tables) for split, tables in by_split.items()}
+            by_split.setdefault(split, []).append(file)
+    if not by_split and files:
+        by_split = {"train": files}
+    return {split: _joined([read_table(p) for p in found]) for split, found in by_split.items()}
 
 
 def _joined(tables: list[Table]) -> Table:
@@ -135,7 +147,7 @@ def _joined(tables: list[Table]) -> Table:
         return tables[0]
     rows = [row for table in tables for row in table.rows]
     name = f"{tables[0].name} and {len(tables) - 1} more"
-    return Table(name, rows, range(len(rows)), "row", tables[0].classes)
+    return Table(name, rows, range(len(rows)), "row", tables[0].classes, parts=tables)
 
 
 def _kind(path: Path) -> str:

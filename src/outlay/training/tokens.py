@@ -67,9 +67,13 @@ def with_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer of 256 bytes and 4 special tokens: reads any text, learns from none."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(ends: bool = False) -> Any:
+    """A tokenizer of 256 bytes and 4 special tokens: reads any text, learns from none.
+
+    Args:
+        ends: Put the end-of-text token behind every text by itself, as T5's tokenizers do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -78,6 +82,12 @@ def byte_tokenizer() -> Any:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A </s>",
+            pair="$A </s> $B </s>",
+            special_tokens=[("</s>", vocabulary["</s>"])],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -132,30 +142,39 @@ def grow_tokens(
     Returns:
         Ids of the tokens that were added.
     """
-    from tokenizers import AddedToken
-
     known = set(tokenizer.get_vocab())
     fresh = [name for name in dict.fromkeys(names) if name not in known]
     if not fresh:
         return ()
+    from tokenizers import AddedToken
+
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in fresh], True)
-    ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in fresh)
     if model is not None:
-        _grow_rows(model, dict(zip(fresh, ids)), seed)
-    return ids
+        grow_rows(model, tokenizer, fresh, seed)
+    return tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in fresh)
 
 
-def _grow_rows(model: Any, ids: dict[str, int], seed: int) -> None:
-    before = model.get_input_embeddings().weight.shape[0]
+def grow_rows(model: nn.Module, tokenizer: Any, names: Sequence[str], seed: int = 0) -> None:
+    """Give a model rows for tokens that its tokenizer has already, as `grow_tokens` does.
+
+    Args:
+        model: Grown in place; on the meta device shapes alone change.
+        tokenizer: Knows the tokens.
+        names: Tokens whose rows are drawn anew; all others are left alone.
+        seed: The run's seed.
+    """
+    ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in dict.fromkeys(names)}
+    body: Any = model
+    before = body.get_input_embeddings().weight.shape[0]
     if max(ids.values()) >= before:
         # transformers draws the rows that it adds from the global generator; they are replaced.
         with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
+            body.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
     old = min(before, min(ids.values()))
     done: set[int] = set()
     for stream, layer in (
-        ("token", model.get_input_embeddings()),
-        ("output token", model.get_output_embeddings()),
+        ("token", body.get_input_embeddings()),
+        ("output token", body.get_output_embeddings()),
     ):
         weight = getattr(layer, "weight", None)
         if weight is None or id(weight) in done or weight.is_meta:
