@@ -244,6 +244,7 @@ import random, sys, numpy, torch
 sys.path.insert(0, sys.argv[1])
 from contracts import rig, toys
 model = toys.filled(toys.Net(dropout=0.3))
+words = toys.filled(toys.Language())
 torch.manual_seed(5)
 def state():
     plain = numpy.random.get_state()[1].tolist()
@@ -251,7 +252,9 @@ def state():
 before = state()
 methods = [toys.Insert(), toys.Focus(), toys.Mix()]
 rig.trained(rig.make(methods, model=model, micro=4, prefetch=2))
-rig.trained(rig.language([toys.Shortest(), toys.Corrupt(), toys.Pack()], micro=4))
+methods = [toys.Shortest(), toys.Corrupt(), toys.Pack()]
+more = {"rows": toys.sentences(), "objective": rig.CausalObjective}
+rig.trained(rig.make(methods, model=words, micro=4, **more))
 print("untouched" if state() == before else "touched")
 """
 

@@ -226,6 +226,7 @@ class Distil(OnObjective):
                 losses = self.inner(model, batch, step)
                 with torch.no_grad(), context.meter.under("teacher"):
                     aim = self.teacher(**model_inputs(batch))
+                    aim = getattr(aim, "logits", aim)
                 gap = (losses.outputs["logits"] - aim).square().sum(-1)
                 return losses.with_term("distil", Term(gap, torch.ones_like(gap), 0.3))
 
