@@ -27,6 +27,7 @@ from ..core.method import OnModel, Step
 from ..nn.targets import head_modules
 from .assemble import Assembly, assemble, expected_steps
 from .backend import OneDevice, batch_key
+from .frozen import frozen_prefix
 from .materials import Materials, load_materials
 from .memory import LiveBytes, free_bytes, measured_peak
 from .recipe import Recipe
