@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapter_kit import batches, bert, fill, gpt2, llama, logits, minilm, tokens
 from torch import nn
+from torch.func import functional_call
 
 from outlay import AdaLora, build, load_adapter, save_adapter
 from outlay.core.allocate import allocate
@@ -193,13 +194,34 @@ def test_orthogonality():
     with torch.no_grad():
         delta.a.copy_(torch.eye(2))
         delta.b.copy_(torch.eye(2))
-    loss = orthogonality_loss([delta.a, delta.b.T])
+    loss = orthogonality_loss([delta.a], [delta.b])
     assert float(loss.detach()) == 0
     loss.backward()
     assert torch.isfinite(delta.a.grad).all()
-    both = [2 * delta.a.detach(), delta.b.detach().T]
-    assert float(orthogonality_loss(both)) == pytest.approx(3 * math.sqrt(2) / 2)
-    assert float(orthogonality_loss(both, "squared_sum")) == pytest.approx(18)
+    both = [2 * delta.a.detach()], [delta.b.detach()]
+    assert float(orthogonality_loss(*both)) == pytest.approx(3 * math.sqrt(2) / 2)
+    assert float(orthogonality_loss(*both, "squared_sum")) == pytest.approx(18)
+
+
+@pytest.mark.parametrize("norm", ["mean_fro", "squared_sum"])
+def test_gradient_of_the_penalty(norm):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, 5), (2, 5), (3, 4), (5, 2), (6, 3)]
+    held = [
+        torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
+    loss = orthogonality_loss(held[:3], held[3:], norm)
+    parts = [
+        torch.linalg.matrix_norm((m @ m.T if i < 3 else m.T @ m) - torch.eye(min(m.shape)))
+        for i, m in enumerate(held)
+    ]
+    plain = sum(parts) / 5 if norm == "mean_fro" else sum(p.square() for p in parts)
+    assert torch.allclose(loss, plain)
+    for ours, slow in zip(
+        torch.autograd.grad(loss, held), torch.autograd.grad(plain, held), strict=True
+    ):
+        assert torch.allclose(ours, slow)
 
 
 def test_moving_averages():
@@ -480,6 +502,20 @@ def test_fused_equals_plain():
         results.append((out.detach(), x.grad, delta.a.grad, delta.e.grad, delta.b.grad))
     for fused, plain in zip(*results, strict=True):
         assert torch.allclose(fused, plain, rtol=1e-12, atol=1e-13)
+
+
+def test_finite_differences():
+    model, _ = one_layer(AdaLora(init_r=2, target_r=2), 4, 3, torch.float64)
+    fill(model)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    names = [f"0.deltas.default.{leaf}" for leaf in "aeb"]
+    held = [model.get_parameter(name) for name in names]
+
+    def out(x, *values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (x,)).sin()
+
+    assert torch.autograd.gradcheck(out, (x, *held))
+    assert torch.autograd.gradgradcheck(out, (x, *held))
 
 
 def test_parameters_and_dtype():

@@ -164,6 +164,7 @@ def test_finite_differences(method, width):
         return functional_call(model, {"0.deltas.default.block": block}, (x,))
 
     assert torch.autograd.gradcheck(out, (x, block))
+    assert torch.autograd.gradgradcheck(lambda x, block: out(x, block).sin(), (x, block))
 
 
 @pytest.mark.parametrize("method", [

@@ -27,12 +27,10 @@ class PeftPenalty(Shaped):
 
     def penalties(self, model: nn.Module, step: Step) -> Mapping[str, Tensor]:
         """The inner penalties and `orth_reg_weight` times the mean norm."""
-        factors = [
-            parameter.T if f"lora_B.{self.name}" in path else parameter
-            for path, parameter in model.named_parameters()
-            if f"lora_A.{self.name}" in path or f"lora_B.{self.name}" in path
-        ]
-        penalty = self.weight * orthogonality_loss(factors)
+        named = list(model.named_parameters())
+        rows = [p for path, p in named if f"lora_A.{self.name}" in path]
+        columns = [p for path, p in named if f"lora_B.{self.name}" in path]
+        penalty = self.weight * orthogonality_loss(rows, columns)
         return {**super().penalties(model, step), f"orthogonality.peft.{self.name}": penalty}
 
 

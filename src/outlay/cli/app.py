@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from .._version import __version__
-from . import catalogue, compare, doctor, export, plan, predict, recipe, report, run
+from . import catalogue, compare, doctor, export, inputs, plan, predict, recipe, report, run
 from .errors import complain
 
 _LOOK, _PREPARE, _RUN, _USE, _HERE = (
@@ -19,14 +20,14 @@ _LOOK, _PREPARE, _RUN, _USE, _HERE = (
 )  # fmt: skip
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"outlay {__version__}")
         raise typer.Exit
+    return asked
 
 
 def _start(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -36,8 +37,6 @@ def _start(
 
     Start with `outlay list`, then `outlay run digits-vit`.
     """
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 def build_app() -> typer.Typer:
@@ -47,7 +46,7 @@ def build_app() -> typer.Typer:
         name="outlay", add_completion=False, context_settings=settings, rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )  # fmt: skip
-    app.callback(invoke_without_command=True)(_start)
+    app.callback()(_start)
     for panel, name, verb in (
         (_LOOK, "list", catalogue.list_methods),
         (_LOOK, "show", catalogue.show),
@@ -61,24 +60,24 @@ def build_app() -> typer.Typer:
         (_USE, "report", report.report),
         (_HERE, "doctor", doctor.doctor),
     ):
-        app.command(name, rich_help_panel=panel)(verb)
-    recipes = typer.Typer(no_args_is_help=False, help="Copy, check and describe recipes.")
-    recipes.callback(invoke_without_command=True)(_recipe_help)
+        app.command(name, help=_unwrapped(verb), rich_help_panel=panel)(verb)
+    recipes = typer.Typer(help="Copy, check and describe recipes.")
     for name, verb in (
         ("list", recipe.list_recipes),
         ("copy", recipe.copy),
         ("check", recipe.check),
         ("schema", recipe.schema),
     ):
-        recipes.command(name)(verb)
+        recipes.command(name, help=_unwrapped(verb))(verb)
     app.add_typer(recipes, name="recipe", rich_help_panel=_PREPARE)
     return app
 
 
-def _recipe_help(context: typer.Context) -> None:
-    """Copy, check and describe recipes."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+def _unwrapped(verb: Callable[..., None]) -> str:
+    """A verb's docstring, its paragraphs as single lines: the terminal wraps them."""
+    return "\n\n".join(
+        " ".join(part.split()) for part in (verb.__doc__ or "").strip().split("\n\n")
+    )
 
 
 def run_app(arguments: Sequence[str] | None = None) -> int:
@@ -89,17 +88,21 @@ def run_app(arguments: Sequence[str] | None = None) -> int:
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
+    words = [_dashed(word) for word in typed]
+    if words in ([], ["recipe"]):
+        words.append("--help")
+    inputs.TYPED.set(shlex.join(["outlay", *typed]))
     command = typer.main.get_command(build_app())
     try:
         with warnings.catch_warnings():
             if arguments is None:
                 warnings.showwarning = _show_warning(debug)
-            code = command.main(
-                [_dashed(word) for word in typed], prog_name="outlay", standalone_mode=False,
-                obj=tuple(typed),
-            )  # fmt: skip
+            with command.make_context("outlay", words) as context:
+                command.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
     except BrokenPipeError:
         # The reader went away, as `head` does: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,6 +15,7 @@ from .options import AsJson, Debug, Quiet
 
 if TYPE_CHECKING:
     from ..core.registry import Entry
+    from .settings import Described
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A method, as `outlay list` shows it.")]
 Group = Annotated[
@@ -108,7 +110,7 @@ def show(
              "text": s.text}
             for s in about.settings
         ],
-        "example": example(entry.card.name, about.settings),
+        "example": example(entry, about),
         "verdict": seen,
     }  # fmt: skip
     if as_json:
@@ -119,7 +121,10 @@ def show(
         screen.facts(
             [
                 ("name", card.name),
-                ("paper", f"{card.title}{f' ({card.year})' if card.year else ''}"),
+                (
+                    "paper" if card.arxiv else "what it is",
+                    f"{card.title}{f' ({card.year})' if card.year else ''}",
+                ),
                 ("authors", card.authors),
                 ("arXiv", card.arxiv and f"{card.arxiv}  https://arxiv.org/abs/{card.arxiv}"),
                 ("group", card.group),
@@ -150,13 +155,17 @@ def show(
         out.print(str(sentence), markup=False)
 
 
-def example(name: str, settings: Any) -> str:
-    """A call string that works: what must be given, else the first plain number or choice."""
-    shown = [s for s in settings if s.default is None]
-    usual = [s for s in settings if s.default and s.default.replace(".", "", 1).isdigit()]
-    named = [s for s in settings if s.choices]
-    picked = shown or usual[:1] or named[:1]
-    parts = [f"{s.name}={s.default if s.default is not None else '...'}" for s in picked]
+def example(entry: Entry, about: Described) -> str:
+    """A call string that works: the docstring's own, else one with the first plain setting."""
+    name, settings = entry.card.name, about.settings
+    if entry.kind == "estimator":
+        return f'--arm "{name}"'
+    if own := re.search(rf"`({name}\([^`]+\))`", about.summary):
+        return f'--method "{own[1]}"'
+    numbers = [s for s in settings if s.default and s.default.replace(".", "", 1).isdigit()]
+    others = [s for s in settings if s.default and s.default[0] in "'\"0123456789"]
+    picked = numbers[:1] or others[:1]
+    parts = [f"{s.name}={s.default}" for s in picked]
     return f'--method "{name}({", ".join(parts)})"' if parts else f'--method "{name}"'
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,7 +11,7 @@ from ..core.errors import ConfigError
 from ..recipes.arms import suggestion
 from . import screen
 from .errors import INTERRUPTED
-from .inputs import assignment, literal, open_recipe
+from .inputs import TYPED, assignment, literal, open_recipe
 from .options import (
     AsJson,
     BudgetText,
@@ -80,7 +79,6 @@ def compare(
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
-    context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """Compare arms under one equal budget: paired intervals, ties as groups, and a report.
 
@@ -99,20 +97,27 @@ def compare(
     if tune and OWN_GRID in tune:
         grid |= {key: list(values) for key, values in suggested.grid.items()}
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
-    typed = context.find_root().obj or () if context is not None else ()
     progress = progress_for(quiet, no_progress)
     try:
         with progress.waiting("starting"):
             from ..comparison.compare import compare as run_arms
         found = run_arms(
-            chosen, arms, seeds=seeds, out=out, metric=metric, margin=margin, tune=grid or None,
-            device=device, threads=threads, progress=progress,
-            command=shlex.join(["outlay", *typed]), notes=notes,
-        )  # fmt: skip
+            chosen,
+            arms,
+            seeds=seeds,
+            out=out,
+            metric=metric,
+            margin=margin,
+            tune=grid or None,
+            device=device,
+            threads=threads,
+            progress=progress,
+            command=TYPED.get(),
+            notes=notes,
+        )
     except KeyboardInterrupt:
         progress.close()
-        again = shlex.join(["outlay", *typed])
-        screen.note(f"stopped after a whole step and saved; to go on: {again}")
+        screen.note(f"stopped after a whole step and saved; to go on: {TYPED.get()}")
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
@@ -151,7 +156,7 @@ def show(found: dict[str, Any]) -> None:
                     _figure(a["mean"]),
                     _interval(a["interval"]),
                 )
-                for a in sorted(found["arms"], key=lambda a: -(a["mean"] or float("-inf")))
+                for a in _best_first(found)
             ],
             right=("trainable", "seeds", "mean"),
         )
@@ -189,6 +194,12 @@ def show(found: dict[str, Any]) -> None:
     for sentence in found.get("sentences", ()):
         out.print(f"note: {sentence}", markup=False)
     out.print(f"report: {found['report']}", markup=False, soft_wrap=True)
+
+
+def _best_first(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arms by their mean, those without one last; an order to read in, not a ranking."""
+    sign = -1 if found.get("higher_is_better", True) else 1
+    return sorted(found["arms"], key=lambda a: (a["mean"] is None, sign * (a["mean"] or 0)))
 
 
 def _figure(value: float | None, signed: bool = False) -> str:

@@ -38,7 +38,7 @@ def describe(error: BaseException) -> Complaint:
     if isinstance(error, ClickError):
         return _usage(error)
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return Complaint("interrupted", "the same command starts again", INTERRUPTED)
+        return Complaint("interrupted", "the same command goes on from what was saved", INTERRUPTED)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         remedy = "lower batch.micro or batch.length; `outlay plan` says what fits"
         return Complaint(f"out of memory: {_line(str(error))[:200]}", remedy, FAILED)

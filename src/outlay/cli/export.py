@@ -15,7 +15,7 @@ import typer
 
 from . import screen
 from .inputs import free_place, run_folder
-from .options import AsJson, Debug, Force, Quiet, RunFolder
+from .options import AsJson, Debug, Device, Force, Quiet, RunFolder, Threads
 from .progress import progress_for
 
 
@@ -43,6 +43,8 @@ def export(
     out: Target,
     form: Kind = Format.transformers,
     force: Force = False,
+    device: Device = "cpu",
+    threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -54,7 +56,7 @@ def export(
         warnings.simplefilter("always")
         from ..training.finished import open_run
 
-        finished = open_run(folder, device="cpu")
+        finished = open_run(folder, device=device, threads=threads)
         write = finished.save_model if form is Format.transformers else finished.save_adapter
         kind = write_folder(out, write)
     for text in dict.fromkeys(str(warning.message) for warning in told):

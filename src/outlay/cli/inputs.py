@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from ..core.errors import ConfigError, Conflict, nearest
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
+
+TYPED: ContextVar[str] = ContextVar("typed", default="outlay")
+"""The command as it was typed, for reports and for going on."""
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 

@@ -132,7 +132,7 @@ class Lines(_Clocked):
         left = self.overall(f["share"], now)[1] if self.total else f["left"]
         print(
             f"{where}{stage}{f['spent']} ({f['share']:.0%}) | loss {values['loss']:.4f}{rate}"
-            f" | {duration(left)} left",
+            f"{'' if left is None else f' | {duration(left)} left'}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

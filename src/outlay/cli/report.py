@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,7 +11,7 @@ import typer
 from ..core.errors import ConfigError
 from . import screen
 from .compare import Margin, Metric
-from .inputs import free_place, run_folder
+from .inputs import TYPED, free_place, run_folder
 from .options import AsJson, Debug, Force, Quiet
 from .progress import progress_for
 
@@ -51,7 +50,7 @@ def report(
         data = report_of_runs(
             loaded, metric=metric, margin=margin,
             title=title or ", ".join(dict.fromkeys(run.recipe.name for run in loaded))[:120],
-            command=shlex.join(["outlay", "report", *runs, "--out", str(out)]),
+            command=TYPED.get(),
         )  # fmt: skip
         page = write_report(data, out)
     if as_json:

@@ -43,7 +43,7 @@ Resumed = Annotated[
 MaybeRecipe = Annotated[
     Optional[str],  # noqa: UP045
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         help="A YAML file, or the name of a packaged recipe; with --resume its own by default.",
     ),
 ]

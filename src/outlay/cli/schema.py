@@ -75,7 +75,7 @@ def method_schema(entry: registry.Entry) -> dict[str, Any]:
         "description": entry.card.summary or about.summary.split("\n")[0],
         "properties": {s.name: _property(s) for s in about.settings},
         "required": [s.name for s in about.settings if s.default is None],
-        "additionalProperties": False,
+        "additionalProperties": about.is_open,
     }
 
 

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,12 @@ class Described:
     Attributes:
         summary: Docstring without its sections.
         settings: In the order that the class takes them, inherited ones last.
+        is_open: True if it takes further settings and hands them on.
     """
 
     summary: str
     settings: tuple[Setting, ...]
+    is_open: bool = False
 
 
 def described(entry: Entry) -> Described:
@@ -61,7 +64,10 @@ def described(entry: Entry) -> Described:
         fresh = {s.name: s for s in _fields(node, path, texts)}
         found = {**found, **{k: v for k, v in fresh.items() if k not in found}}
     text = ast.get_docstring(own) or ""
-    return Described(summary_of(text), tuple(found.values()))
+    is_open = any(
+        isinstance(n, ast.FunctionDef) and n.name == "__init__" and n.args.kwarg for n in own.body
+    )
+    return Described(summary_of(text), tuple(found.values()), is_open)
 
 
 def summary_of(docstring: str) -> str:
@@ -108,7 +114,7 @@ def _lineage(node: ast.ClassDef, path: Path) -> list[tuple[ast.ClassDef, Path]]:
 
 
 def _home(name: str, path: Path) -> Path | None:
-    """The file that a name is imported from, followed by path and not by importing."""
+    """The file that defines an imported name, followed by path and not by importing."""
     for node in _tree(path).body:
         if not isinstance(node, ast.ImportFrom) or name not in {a.name for a in node.names}:
             continue
@@ -122,8 +128,27 @@ def _home(name: str, path: Path) -> Path | None:
             place = Path(top.origin).parent.joinpath(*parts[1:])
         for file in (place.with_suffix(".py"), place / "__init__.py"):
             if file.is_file():
-                return file if name in _classes(file) else _home(name, file)
+                defined = name in _classes(file) or name in _assigned(file)
+                return file if defined else _home(name, file)
     return None
+
+
+@functools.cache
+def _assigned(path: Path) -> dict[str, ast.expr]:
+    """Module-level names and what they stand for."""
+    return {
+        node.targets[0].id: node.value
+        for node in _tree(path).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+def _value_of(name: str, path: Path) -> tuple[ast.expr, Path] | None:
+    """What a name stands for, here or in the module that it comes from."""
+    if name in _assigned(path):
+        return _assigned(path)[name], path
+    home = _home(name, path)
+    return None if home is None or name not in _assigned(home) else (_assigned(home)[name], home)
 
 
 def _fields(node: ast.ClassDef, path: Path, texts: dict[str, str]) -> list[Setting]:
@@ -142,7 +167,7 @@ def _fields(node: ast.ClassDef, path: Path, texts: dict[str, str]) -> list[Setti
             Setting(
                 name,
                 kind,
-                _default(line.value),
+                _default(line.value, path),
                 ", ".join(allowed),
                 choices,
                 bounds,
@@ -160,56 +185,83 @@ def _hidden(value: ast.expr | None) -> bool:
     )
 
 
-def _default(value: ast.expr | None) -> str | None:
+def _default(value: ast.expr | None, path: Path) -> str | None:
     if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "field":
         for keyword in value.keywords:
             if keyword.arg == "default":
-                return ast.unparse(keyword.value)
+                return _default(keyword.value, path)
             if keyword.arg == "default_factory":
                 return f"{ast.unparse(keyword.value)}()"
         return None
+    if isinstance(value, ast.Name) and (found := _value_of(value.id, path)) is not None:
+        return ast.unparse(found[0])
     return None if value is None else ast.unparse(value)
 
 
 def _resolved(note: ast.expr, path: Path) -> ast.expr:
-    """An annotation with the module's own aliases put in."""
-    aliases = {
-        node.targets[0].id: node.value
-        for node in _tree(path).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    """An annotation with type aliases put in."""
 
     class Fill(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.expr:
-            value = aliases.get(node.id)
-            typed = isinstance(value, (ast.Subscript, ast.BinOp))
-            return self.visit(value) if typed else node
+            found = _value_of(node.id, path)
+            if found is None or not isinstance(found[0], (ast.Subscript, ast.BinOp)):
+                return node
+            return _resolved(found[0], found[1])
 
     return Fill().visit(ast.parse(ast.unparse(note), mode="eval").body)
 
 
 def _taken_apart(note: ast.expr) -> tuple[str, dict[str, Any], tuple[Any, ...]]:
-    """Type without constraints, bounds, and literal choices of an annotation."""
-    bounds: dict[str, Any] = {}
-    choices: list[Any] = []
+    """Type in words, bounds and literal choices of an annotation.
 
-    class Strip(ast.NodeTransformer):
-        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-            name = getattr(node.value, "id", "")
-            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            if name == "Annotated":
-                for call in parts[1:]:
-                    sign = _SIGNS.get(getattr(getattr(call, "func", None), "id", ""))
-                    if sign and isinstance(call, ast.Call):
-                        bounds[sign] = ast.literal_eval(call.args[0])
-                return self.visit(parts[0])
-            if name == "Literal":
-                choices.extend(ast.literal_eval(part) for part in parts)
-                kinds = {type(choice).__name__ for choice in choices}
-                return ast.Name(id=" | ".join(sorted(kinds)))
-            return self.generic_visit(node)  # type: ignore[return-value]
+    Bounds and choices are given where they hold for the whole setting (None aside); inside a
+    union they stand in the type itself.
+    """
+    core = [part for part in _union(note) if not _is_none(part)]
+    optional = " | None" if len(core) < len(_union(note)) else ""
+    if len(core) == 1 and isinstance(core[0], ast.Subscript):
+        name, parts = getattr(core[0].value, "id", ""), _parts(core[0])
+        if name == "Annotated":
+            return _words(parts[0]) + optional, _bounds(parts[1:]), ()
+        if name == "Literal":
+            choices = tuple(ast.literal_eval(part) for part in parts)
+            kinds = " | ".join(sorted({type(choice).__name__ for choice in choices}))
+            return kinds + optional, {}, choices
+    return " | ".join(map(_words, core)) + optional, {}, ()
 
-    kind = ast.unparse(Strip().visit(note))
-    only = isinstance(note, ast.Subscript) and getattr(note.value, "id", "") == "Literal"
-    # Choices inside a union or a tuple are not the whole of what is allowed.
-    return kind, bounds, tuple(choices) if only or (choices and "None" in kind) else ()
+
+def _union(note: ast.expr) -> list[ast.expr]:
+    if isinstance(note, ast.BinOp) and isinstance(note.op, ast.BitOr):
+        return [*_union(note.left), *_union(note.right)]
+    return [note]
+
+
+def _is_none(note: ast.expr) -> bool:
+    return isinstance(note, ast.Constant) and note.value is None
+
+
+def _parts(note: ast.Subscript) -> list[ast.expr]:
+    return note.slice.elts if isinstance(note.slice, ast.Tuple) else [note.slice]
+
+
+def _bounds(calls: Sequence[ast.expr]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for call in calls:
+        sign = _SIGNS.get(getattr(getattr(call, "func", None), "id", ""))
+        if sign and isinstance(call, ast.Call):
+            found[sign] = ast.literal_eval(call.args[0])
+    return found
+
+
+def _words(note: ast.expr) -> str:
+    """One type: literals as themselves, constraints left out."""
+    if isinstance(note, ast.BinOp):
+        return " | ".join(map(_words, _union(note)))
+    if not isinstance(note, ast.Subscript):
+        return ast.unparse(note)
+    name, parts = ast.unparse(note.value), _parts(note)
+    if name == "Annotated":
+        return _words(parts[0])
+    if name == "Literal":
+        return " | ".join(map(ast.unparse, parts))
+    return f"{name}[{', '.join(map(_words, parts))}]"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .._version import __version__
 from ..core import callspec, registry
@@ -81,6 +81,7 @@ class Arm:
         return None
 
 
+@runtime_checkable
 class ComparisonProgress(Progress, Protocol):
     """What shows a comparison while it goes."""
 

@@ -14,45 +14,61 @@ from .targets import is_linear
 
 
 class LowRankProduct(torch.autograd.Function):
-    """y = base(x) + (x A^T) B^T: the product is added in place, its gradient into base's.
+    """y = base(x) + (x L^T) B^T with L = scaling * (gain * A), added in place into base's output.
 
-    Beside the input only x A^T, of r features, is kept for the backward pass.
+    Beside the input only x L^T, of r features, is kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Module) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gain: Tensor | None,
+        base: nn.Module,
+        scaling: Any,
+    ) -> Tensor:
         """Base output with the product added in place."""
         out = base(x)
         flat = out.view(-1, out.shape[-1])
-        hidden = x.reshape(-1, x.shape[-1]).to(a.dtype) @ a.T
+        hidden = x.reshape(-1, x.shape[-1]).to(a.dtype) @ _left(a, gain, scaling).T
         if b.dtype == out.dtype:
             flat.addmm_(hidden, b.T)
         else:
             flat.add_(hidden @ b.T)
-        ctx.base = base
-        ctx.save_for_backward(x, a, b, hidden)
+        ctx.base, ctx.scaling = base, scaling
+        ctx.save_for_backward(x, a, b, gain, hidden)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """DB = g^T (x A^T); dA = (g B)^T x; dx = g W + (g B) A."""
-        x, a, b, hidden = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gives dB = g^T (x L^T); dL = (g B)^T x gives dA and dgain; dx = g W + (g B) L."""
+        x, a, b, gain, hidden = ctx.saved_tensors
+        left = _left(a, gain, ctx.scaling)
+        rows = x.reshape(-1, x.shape[-1]).to(a.dtype)
+        if torch.is_grad_enabled():
+            hidden = rows @ left.T  # a second derivative must see how it came about
         flat = grads[0].reshape(-1, grads[0].shape[-1])
         wide = flat.to(b.dtype)
         inner = wide @ b
-        dx = da = db = None
+        dx = da = db = dgain = None
         if ctx.needs_input_grad[1]:
-            da = inner.T @ x.reshape(-1, x.shape[-1]).to(a.dtype)
+            dleft = inner.T @ rows
+            da = dleft * (ctx.scaling if gain is None else gain * ctx.scaling)
+            if gain is not None:
+                dgain = (dleft * a).sum(1, keepdim=True) * ctx.scaling
         if ctx.needs_input_grad[2]:
             db = wide.T @ hidden
         if ctx.needs_input_grad[0]:
             dx = flat @ as_matrix(ctx.base)
-            dx = dx.addmm_(inner, a) if a.dtype == dx.dtype else dx.add_(inner @ a)
+            dx = dx.addmm_(inner, left) if left.dtype == dx.dtype else dx.add_(inner @ left)
             dx = dx.view(x.shape)
-        return dx, da, db, None
+        return dx, da, db, dgain, None, None
+
+
+def _left(a: Tensor, gain: Tensor | None, scaling: Any) -> Tensor:
+    return a * scaling if gain is None else a * (gain * scaling)
 
 
 def low_rank_output(
@@ -62,29 +78,76 @@ def low_rank_output(
     a: Float[Tensor, "r in"],
     b: Float[Tensor, "out r"],
     dropout: nn.Module,
+    gain: Float[Tensor, "r 1"] | None = None,
+    scaling: float | Tensor = 1.0,
 ) -> Float[Tensor, "*outputs"]:
-    """`base(x) + dropout(x) A^T B^T`, fused where nothing forbids it."""
+    """`base(x) + dropout(x) (scaling * gain * A)^T B^T`, fused where nothing forbids it.
+
+    Args:
+        delta: Whose `forward` gives the product where it cannot be fused.
+        x: Input of the layer.
+        base: The frozen layer.
+        a: Right factor.
+        b: Left factor.
+        dropout: `nn.Dropout` or `nn.Identity`.
+        gain: One factor a rank (singular values); None means 1. A must train with it.
+        scaling: Constant factor.
+    """
     dropping = delta.training and isinstance(dropout, nn.Dropout)
     if not dropping and fusable(x, base):
-        return LowRankProduct.apply(x, a, b, base)  # type: ignore[return-value]
+        return LowRankProduct.apply(x, a, b, gain, base, scaling)  # type: ignore[return-value]
     return Delta.output(delta, x, base)
 
 
-def orthogonality_loss(matrices: Sequence[Tensor], norm: str = "mean_fro") -> Tensor:
-    r"""How far the rows of matrices are from orthonormal; equal shapes are stacked.
-
-    "mean_fro": the mean of ||A A^T - I||_F. "squared_sum": the sum of the squares.
+class Orthogonality(torch.autograd.Function):
+    """Sum of ||M M^T - I||_F, or of its square, over matrices (the first `rows`) or their
+    transposes; keeps the small Gram matrices and no copy of the stacks.
     """
-    groups: dict[tuple[int, ...], list[Tensor]] = {}
-    for matrix in matrices:
-        groups.setdefault(tuple(matrix.shape), []).append(matrix)
-    norms = []
-    for (r, _), members in groups.items():
-        stack = torch.stack(members)
-        eye = torch.eye(r, dtype=stack.dtype, device=stack.device)
-        norms.append(torch.linalg.matrix_norm(stack @ stack.mT - eye))
-    every = torch.cat(norms)
-    return every.mean() if norm == "mean_fro" else every.square().sum()
+
+    @staticmethod
+    def forward(ctx: Any, squared: bool, rows: int, *matrices: Tensor) -> Tensor:
+        """Equal shapes are stacked, so the work is a few operations and not a few a matrix."""
+        groups: dict[tuple[bool, torch.Size], list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            groups.setdefault((index < rows, matrix.shape), []).append(index)
+        total, kept = matrices[0].new_zeros(()), []
+        for (by_row, _), members in groups.items():
+            stack = torch.stack([matrices[i] for i in members])
+            rest = stack @ stack.mT if by_row else stack.mT @ stack
+            rest.diagonal(dim1=1, dim2=2).sub_(1.0)
+            norms = torch.linalg.matrix_norm(rest, keepdim=True)
+            total = total + (norms.square().sum() if squared else norms.sum())
+            kept.append(rest if squared else rest / norms.clamp_min(torch.finfo(rest.dtype).tiny))
+        ctx.groups, ctx.squared, ctx.kept = groups, squared, kept
+        ctx.save_for_backward(*matrices)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """d||R||_F / dM = 2 R M / ||R||_F and d||R||_F^2 / dM = 4 R M, with R = M M^T - I."""
+        matrices, found = ctx.saved_tensors, {}
+        factor = grads[0] * (4 if ctx.squared else 2)
+        for ((by_row, _), members), rest in zip(ctx.groups.items(), ctx.kept, strict=True):
+            stack = torch.stack([matrices[i] for i in members])
+            slopes = (rest * factor) @ stack if by_row else stack @ (rest * factor)
+            found.update(zip(members, slopes.unbind(), strict=True))
+        return None, None, *(found[i] for i in range(len(matrices)))
+
+
+def orthogonality_loss(
+    rows: Sequence[Tensor], columns: Sequence[Tensor] = (), norm: str = "mean_fro"
+) -> Tensor:
+    r"""How far matrices are from having orthonormal rows, and others orthonormal columns.
+
+    Args:
+        rows: Matrices A, measured by ||A A^T - I||_F.
+        columns: Matrices B, measured by ||B^T B - I||_F.
+        norm: "mean_fro", the mean over all matrices; "squared_sum", the sum of the squares.
+    """
+    squared = norm == "squared_sum"
+    total: Tensor = Orthogonality.apply(squared, len(rows), *rows, *columns)  # type: ignore[assignment]
+    return total if squared else total / (len(rows) + len(columns))
 
 
 class LowRankDelta(Delta):
@@ -113,7 +176,7 @@ class LowRankDelta(Delta):
 
     def output(self, x: Float[Tensor, "*inputs"], base: nn.Module) -> Float[Tensor, "*outputs"]:
         """Base and product in one function."""
-        return low_rank_output(self, x, base, self.a, self.b * self.scaling, self.dropout)
+        return low_rank_output(self, x, base, self.a, self.b, self.dropout, scaling=self.scaling)
 
     def weight(self, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Scaling * B A."""

@@ -32,7 +32,7 @@ from ..core.method import (
 )
 from .backend import OneDevice
 from .batch import Drawer, padded
-from .frozen import freeze_for, frozen_prefix
+from .frozen import PrefixStore, freeze_for, frozen_prefix
 from .gradients import Gradients
 from .loop import Loop
 from .optimizer import build_optimizers, parameter_groups, schedule_of
@@ -145,6 +145,7 @@ def assemble(
     kept: dict[str, Any] | None = None,
     flops: FlopTable | None = None,
     prefix: bool = True,
+    prefixes: dict[str, PrefixStore] | None = None,
 ) -> Assembly:
     """Put one stage together.
 
@@ -162,6 +163,7 @@ def assemble(
         loader: Resolves model references for `context.load`.
         kept: Tensors of passes made once, from a checkpoint.
         flops: FLOP table to share between runs of equal shape.
+        prefixes: What frozen lower layers gave in earlier runs.
         prefix: False leaves `model.cache_frozen` to the caller.
 
     Raises:
@@ -217,7 +219,7 @@ def assemble(
         _scope(recipe, model),
     )
     if prefix and getattr(recipe.model, "cache_frozen", False):
-        gradients.prefix = frozen_prefix(model, methods)
+        gradients.prefix = frozen_prefix(model, methods, prefixes)
     on_batch = [m for m in methods if isinstance(m, OnBatch)]
     drawer = Drawer(chosen, recipe.batch, on_batch, context, model, "clean" in context.requests)
     loop = Loop(

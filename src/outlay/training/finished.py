@@ -133,17 +133,20 @@ class Finished:
         Raises:
             ConfigError: If the run trained no adapter, or several.
         """
-        from ..bridges.peft import save_adapter
+        from ..bridges._peft_folder import injected_adapters, save_injected
+        from ..bridges.peft_save import save_adapter
         from ..nn.adapter import adapter_names
 
-        names = list(adapter_names(self.assembly.model))
+        injected = injected_adapters(self.assembly.model)
+        names = [*adapter_names(self.assembly.model), *injected]
         if len(names) != 1:
             raise ConfigError(
                 f"run {self.folder.name} holds "
                 + (f"the adapters {', '.join(names)}" if names else "no adapter"),
                 "export the whole model with --format transformers",
             )
-        kind = save_adapter(self.assembly.model, folder, self._base(), names[0])
+        save = save_injected if injected else save_adapter
+        kind = save(self.assembly.model, folder, self._base(), names[0])
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
         return kind

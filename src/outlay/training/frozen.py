@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..core.meter import FlopCounter
 from ..core.method import Method, OnBatch
 from ..core.still import hold_statistics
 from ..nn.targets import blocks, head_modules
+from .backend import batch_key
+from .export import fingerprint
 
 
 def freeze_for(methods: Sequence[Method], model: nn.Module, original: Iterable[str]) -> bool:
@@ -66,17 +69,38 @@ class _Enough(Exception):
     """Raised inside a forward pass that is needed no further."""
 
 
+@dataclass
+class PrefixStore:
+    """What one set of frozen lower layers gave.
+
+    Attributes:
+        rows: Hidden states by example. Shape (tokens, width) each.
+        flops: FLOPs of the pass by batch shape.
+    """
+
+    rows: dict[Any, Tensor] = field(default_factory=dict)
+    flops: dict[Any, int] = field(default_factory=dict)
+
+
 class FrozenPrefix:
     """Replaces the frozen lower blocks by what they gave the first time, example by example.
 
     Args:
         model: The adapted and frozen model.
+        methods: Methods of the stage.
+        stores: Shared by runs, keyed by the lower layers' content: what one run computed the
+            next one reuses, and is charged for all the same.
 
     Raises:
         Conflict: If there is no frozen prefix, it has dropout, or a method rewrites inputs.
     """
 
-    def __init__(self, model: nn.Module, methods: Sequence[Method]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[Method],
+        stores: dict[str, PrefixStore] | None = None,
+    ) -> None:
         stack = blocks(model)
         if stack is None:
             raise Conflict(
@@ -104,7 +128,9 @@ class FrozenPrefix:
             )
         # With every block frozen the last one still runs, so that its output is in its place.
         self.depth = min(self.depth, len(self.blocks) - 1)
-        self.kept: dict[Any, Tensor] = {}
+        self.stores = stores if stores is not None else {}
+        self.store = PrefixStore()
+        self.seen: set[Any] = set()
         self._mark: tuple[Any, ...] = ()
         self._real = [self.blocks[i] for i in range(self.depth)]
 
@@ -132,8 +158,8 @@ class FrozenPrefix:
         ]
 
     def _refresh(self) -> None:
-        """Forget everything if a lower layer was written since."""
-        lower = [p for module in (*self._real, *self._embeddings()) for p in module.parameters()]
+        """Find the store of these lower layers; another one if they were written since."""
+        lower = self._lower()
         mark = tuple((id(p), p._version) for p in lower)
         if mark == self._mark:
             return
@@ -142,29 +168,39 @@ class FrozenPrefix:
                 "model.cache_frozen cannot hold: a layer below the first trained block trains now",
                 "set model.cache_frozen to false",
             )
-        self.kept.clear()
+        content = fingerprint({str(index): p for index, p in enumerate(lower)})
+        self.store = self.stores.setdefault(f"{self.path}.{self.depth}:{content}", PrefixStore())
+        self.seen.clear()
         self._mark = mark
 
+    def _lower(self) -> list[nn.Parameter]:
+        return [p for module in (*self._real, *self._embeddings()) for p in module.parameters()]
+
     def fill(self, batch: Batch) -> int:
-        """Compute what is not there yet; returns the FLOPs it took.
+        """Compute what is not there yet; returns the FLOPs of rows new to this run.
 
         Raises:
             Conflict: If a parameter below the first trained block came to train.
         """
         self._refresh()
         keys = self._keys(batch)
-        if all(key in self.kept for key in keys):
+        if all(key in self.seen for key in keys):
             return 0
+        self.seen.update(keys)
+        rows, shape = self.store.rows, batch_key(batch)
+        if shape in self.store.flops and all(key in rows for key in keys):
+            return self.store.flops[shape]
         lengths = batch["attention_mask"].sum(1).tolist()
 
         def take(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = arguments[0] if arguments else named["hidden_states"]
             for key, row, length in zip(keys, hidden, lengths):
-                self.kept[key] = row[:length].detach().clone()
+                rows[key] = row[:length].detach().clone()
             raise _Enough
 
         with FlopCounter() as counter:
             self._stop_at_block(take, batch)
+        self.store.flops[shape] = counter.total
         return counter.total
 
     def pretend(self, batch: Batch) -> None:
@@ -172,10 +208,12 @@ class FrozenPrefix:
 
         def take(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden = arguments[0] if arguments else named["hidden_states"]
-            self.kept |= dict(zip(self._keys(batch), torch.empty_like(hidden).unbind()))
+            self.store.rows |= dict(zip(self._keys(batch), torch.empty_like(hidden).unbind()))
             raise _Enough
 
         self._stop_at_block(take, batch)
+        self.seen.update(self._keys(batch))
+        self._mark = tuple((id(p), p._version) for p in self._lower())
 
     def _stop_at_block(self, take: Callable[..., None], batch: Batch) -> None:
         """Run the model up to the first trained block, where `take` looks and stops it."""
@@ -195,7 +233,7 @@ class FrozenPrefix:
         width = batch["input_ids"].shape[1]
 
         def give(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            rows = [self.kept[key] for key in keys]
+            rows = [self.store.rows[key] for key in keys]
             hidden = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
             for index, row in enumerate(rows):
                 hidden[index, : len(row)] = row
@@ -215,7 +253,9 @@ class FrozenPrefix:
                 self.blocks[index] = real
 
 
-def frozen_prefix(model: nn.Module, methods: Sequence[Method]) -> FrozenPrefix | None:
+def frozen_prefix(
+    model: nn.Module, methods: Sequence[Method], stores: dict[str, PrefixStore] | None = None
+) -> FrozenPrefix | None:
     """The cache of the frozen lower layers; None if the first block trains: nothing to cache.
 
     Raises:
@@ -224,4 +264,4 @@ def frozen_prefix(model: nn.Module, methods: Sequence[Method]) -> FrozenPrefix |
     stack = blocks(model)
     if stack is not None and any(p.requires_grad for p in stack[1][0].parameters()):
         return None
-    return FrozenPrefix(model, methods)
+    return FrozenPrefix(model, methods, stores)

@@ -13,6 +13,7 @@ from ..core.method import Example, OnBatch
 from . import models
 from .data import Row, Splits, encode, load
 from .export import fingerprint
+from .frozen import PrefixStore
 from .labels import Labels
 from .objectives import objective_for
 from .recipe import ModelSpec, Recipe
@@ -34,6 +35,7 @@ class Materials:
         fingerprint: Content hash of the data.
         model_fingerprint: Content hash of the plain model; empty if only planned.
         counts: Rows read, kept and dropped.
+        prefixes: What frozen lower layers gave, shared by the runs.
     """
 
     train: list[Example]
@@ -45,6 +47,7 @@ class Materials:
     fingerprint: str
     model_fingerprint: str
     counts: dict[str, Any] = field(default_factory=dict)
+    prefixes: dict[str, PrefixStore] = field(default_factory=dict)
 
     @property
     def new_tokens(self) -> tuple[int, ...]:

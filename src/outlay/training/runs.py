@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.budget import Budget
-from ..core.errors import ConfigError, Conflict, NoEffect
+from ..core.errors import ConfigError, Conflict, NoEffect, OutlayError
 from ..core.meter import FlopTable, Meter
 from ..core.method import OnStep
 from . import checkpoint
@@ -169,17 +170,35 @@ def run(
         if recorded.status == "done" and (recipe.stages or spent or resume is None):
             progress.note(f"already done: {folder}")
             return recorded
-    with checkpoint.locked(folder):
-        _write_recipe(folder, recipe, materials)
-        runner = Runner(
-            recipe, materials, folder, backend, progress, trackers, flops or FlopTable(),
-            pools or {},
-        )  # fmt: skip
-        result = runner.all_stages()
-        result.seconds = round(time.perf_counter() - started, 3)
-        if result.status == "done":
-            checkpoint.write_json(done, asdict(result))
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with checkpoint.locked(folder):
+            _write_recipe(folder, recipe, materials)
+            runner = Runner(
+                recipe, materials, folder, backend, progress, trackers, flops or FlopTable(),
+                pools or {},
+            )  # fmt: skip
+            result = runner.all_stages()
+            result.seconds = round(time.perf_counter() - started, 3)
+            if result.status == "done":
+                checkpoint.write_json(done, asdict(result))
+    except OutlayError as error:
+        if error.exit_code != OutlayError.exit_code:
+            _leave_nothing(folder, made)
+        raise
     return result
+
+
+def _leave_nothing(folder: Path, made: Sequence[Path]) -> None:
+    """Take away what a refused run made, unless something was trained in it."""
+    if folder not in made or any(
+        (folder / part).exists() for part in ("checkpoints", "stages", "trained")
+    ):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for place in made[1:]:
+        with suppress(OSError):
+            place.rmdir()
 
 
 def _write_recipe(folder: Path, recipe: Recipe, materials: Materials) -> None:
@@ -338,6 +357,7 @@ class Runner:
             loader=lambda reference: self._load(recipe, reference),
             kept=kept,
             flops=self.flops,
+            prefixes=materials.prefixes,
         )
 
     def _stage(

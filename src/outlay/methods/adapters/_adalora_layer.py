@@ -54,7 +54,7 @@ class TripletDelta(Delta):
 
     def output(self, x: Float[Tensor, "*inputs"], base: nn.Module) -> Float[Tensor, "*outputs"]:
         """Base and product in one function."""
-        return low_rank_output(self, x, base, self.scaled(), self.b, self.dropout)
+        return low_rank_output(self, x, base, self.a, self.b, self.dropout, self.e, self.scaling)
 
     def weight(self, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S B (E * A)."""

@@ -55,9 +55,8 @@ class Orthogonal(Shaped):
         if self._found[0] != id(model):
             # A walk over the model costs as much as the penalty itself: once is enough.
             self._found = (id(model), tuple(self.method.deltas(model).values()))
-        # The rows of A and the columns of B (eq. 5).
-        factors = [matrix for delta in self._found[1] for matrix in (delta.a, delta.b.T)]
-        loss = orthogonality_loss(factors, self.method.orth_norm)
+        rows, columns = [d.a for d in self._found[1]], [d.b for d in self._found[1]]
+        loss = orthogonality_loss(rows, columns, self.method.orth_norm)
         name = f"orthogonality.{self.method.adapter_name}"
         return {**super().penalties(model, step), name: self.method.gamma * loss}
 

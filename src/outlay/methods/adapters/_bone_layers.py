@@ -59,7 +59,7 @@ class SharedBlockDelta(BlockDelta):
         dropping = self.training and isinstance(self.dropout, nn.Dropout)
         if dropping or not fusable(x, base):
             return super().output(x, base)
-        return SharedBlock.apply(x, self.block, base)  # type: ignore[return-value]
+        return SharedBlock.apply(x, self.block, base)[0]  # type: ignore[index]
 
     def weight(self, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """D repeated over the shards, transposed."""

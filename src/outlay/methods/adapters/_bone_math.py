@@ -20,20 +20,21 @@ from ...nn.targets import is_conv1d
 
 def block_sum(x: Float[Tensor, "n in"], r: int, dtype: torch.dtype) -> Float[Tensor, "n r"]:
     """Sum the features i with equal i mod r; a last partial block counts as padded with zeros."""
-    whole = x.shape[1] // r * r
-    sums = x[:, :whole].unflatten(1, (-1, r)).sum(1, dtype=dtype)
-    if whole < x.shape[1]:
-        rest = x.shape[1] - whole
-        sums = torch.cat([sums[:, :rest] + x[:, whole:], sums[:, rest:]], 1)
-    return sums
+    rest = x.shape[1] % r
+    if not rest:
+        return x.view(len(x), -1, r).sum(1, dtype=dtype)
+    sums = x[:, :-rest].unflatten(1, (-1, r)).sum(1, dtype=dtype)
+    return torch.cat([sums[:, :rest] + x[:, -rest:], sums[:, rest:]], 1)
 
 
 def spread_(x: Float[Tensor, "n in"], sums: Float[Tensor, "n r"]) -> None:
     """Add sums[:, i mod r] to every feature i, in place: the transpose of `block_sum`."""
-    r, whole = sums.shape[1], x.shape[1] // sums.shape[1] * sums.shape[1]
-    x[:, :whole].unflatten(1, (-1, r)).add_(sums[:, None])
-    if whole < x.shape[1]:
-        x[:, whole:].add_(sums[:, : x.shape[1] - whole])
+    r = sums.shape[1]
+    rest = x.shape[1] % r
+    if rest:
+        x[:, -rest:].add_(sums[:, :rest])
+        x = x[:, :-rest]
+    x.unflatten(1, (-1, r)).add_(sums[:, None])
 
 
 def repeated(block: Float[Tensor, "r q"], size: int) -> Float[Tensor, "out in"]:
@@ -42,11 +43,14 @@ def repeated(block: Float[Tensor, "r q"], size: int) -> Float[Tensor, "out in"]:
 
 
 class SharedBlock(torch.autograd.Function):
-    """y = base(x) + S D with S[n, k] = sum of x[n, i] over i = k mod r; keeps S and not x."""
+    """y = base(x) + S D with S[n, k] = sum of x[n, i] over i = k mod r; keeps S and not x.
+
+    S is an output too, so that a second derivative knows where it came from.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Tensor, base: nn.Module) -> Tensor:
-        """Base output with the block's product added in place."""
+    def forward(ctx: Any, x: Tensor, block: Tensor, base: nn.Module) -> tuple[Tensor, Tensor]:
+        """Base output with the block's product added in place, and S."""
         out = base(x)
         rows = x.reshape(-1, x.shape[-1])
         flat = out.view(-1, out.shape[-1])
@@ -57,14 +61,15 @@ class SharedBlock(torch.autograd.Function):
             flat.unflatten(1, (-1, block.shape[1])).add_((sums @ block)[:, None])
         ctx.base, ctx.shape = base, x.shape
         ctx.save_for_backward(sums, block)
-        return out
+        ctx.set_materialize_grads(False)
+        return out, sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """DD = S^T g; dx = g W, plus g D^T spread over the blocks."""
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gives dD = S^T g and dx = g W, plus g D^T spread over the blocks."""
         sums, block = ctx.saved_tensors
-        flat = grads[0].reshape(-1, grads[0].shape[-1])
+        size = ctx.base.weight.shape[1 if is_conv1d(ctx.base) else 0]
+        flat = sums.new_zeros(len(sums), size) if grads[0] is None else grads[0].reshape(-1, size)
         short = flat.to(block.dtype)
         if block.shape[1] != flat.shape[1]:
             short = short.unflatten(1, (-1, block.shape[1])).sum(1)
@@ -73,7 +78,8 @@ class SharedBlock(torch.autograd.Function):
             dblock = sums.T @ short
         if ctx.needs_input_grad[0]:
             rows = flat @ as_matrix(ctx.base)
-            spread_(rows, short @ block.T)
+            inner = short @ block.T
+            spread_(rows, inner if grads[1] is None else inner + grads[1])
             dx = rows.view(ctx.shape)
         return dx, dblock, None
 
@@ -156,9 +162,8 @@ class GuidedBlocks(torch.autograd.Function):
         return F.linear(x, merged, base.bias)  # type: ignore[arg-type]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """DW' = g^T x gives dD; dx = g W'."""
+        """Gives dW' = g^T x gives dD; dx = g W'."""
         x, block = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         weight = as_matrix(ctx.base)
@@ -170,9 +175,3 @@ class GuidedBlocks(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (grad @ guided(weight, block, ctx.axis).to(grad.dtype)).view(x.shape)
         return dx, dblock, None, None
-
-
-__all__ = [
-    "GuidedBlocks", "SharedBlock", "block_sum", "guided", "guided_gradient", "is_conv1d",
-    "repeated", "unguided",
-]  # fmt: skip
