@@ -38,8 +38,8 @@ def gpt2():
     return AutoModelForCausalLM.from_config(config)
 
 
-def llama():
-    config = LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2)
+def llama(**more):
+    config = LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, **more)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -131,6 +131,8 @@ def test_what_cannot_hold_is_refused_by_name():
         FrozenPrefix(model, [])
     with pytest.raises(Conflict, match="'corrupt' rewrites inputs"):
         FrozenPrefix(top_trains(bert()), [toys.Corrupt()])
-    assert frozen_prefix(top_trains(bert(), last="0"), []) is None
+    with pytest.raises(Conflict, match="dropout"):
+        FrozenPrefix(top_trains(llama(attention_dropout=0.1)), [])
+    assert frozen_prefix(top_trains(bert(), last="0"), []) is None, "there is nothing to cache"
     with pytest.raises(Conflict, match="no list of blocks"):
         FrozenPrefix(nn.Linear(2, 2), [])
