@@ -23,7 +23,7 @@ from outlay.training.materials import Materials, load_materials
 from outlay.training.recipe import Recipe, StageSpec
 from outlay.training.runs import Runner
 
-WORDS = "apple pear plum fig wave salt fish tide saw file drill axe".split()
+WORDS = ["apple", "pear", "plum", "fig", "wave", "salt", "fish", "tide", "saw", "file", "drill", "axe"]
 
 # Small enough to be quick, wide enough for every rank in the table; ragged rows everywhere.
 SHAPES: dict[str, dict[str, Any]] = {
