@@ -34,7 +34,6 @@ from adapter_step import (
     interval,
     optimizer_of,
     peak_bytes,
-    saved_bytes,
     timed,
 )
 from torch import Tensor, nn
@@ -82,6 +81,23 @@ def lora(base: nn.Module) -> nn.Module:
         r=8, lora_alpha=16, target_modules=list(SVFit().targets(base)), task_type=task
     )
     return peft.get_peft_model(copy.deepcopy(base), config).eval()
+
+
+def saved_bytes(arm: Arm) -> int:
+    """Bytes of the storages that autograd keeps; parameters and buffers, kept anyway, left out."""
+    model = arm.model
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        arm.step()
+    return sum(seen.values())
 
 
 def start_up(base: nn.Module, method: Any) -> dict[str, float]:
