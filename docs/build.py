@@ -66,6 +66,8 @@ def page(entry: registry.Entry) -> str:
     """The page of one method."""
     card, cls = entry.card, entry.load()
     summary = (inspect.getdoc(cls) or "").split("Attributes:")[0].strip()
+    # Formulas are shown as they are written: the site loads nothing from elsewhere.
+    summary = re.sub(r"\$([^$]+)\$", r"`\1`", summary)
     source = f"arXiv [{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
     facts = [
         f"**{card.title}** {source}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from outlay.core import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 BODIES = ROOT / "docs" / "methods"
+
+
+CALL = re.compile(r"\b([a-z_]+|[A-Z]\w+)\((\w+=[^()]*(?:\([^()]*\))?[^()]*)\)")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,21 @@ def test_a_body_says_when_what_it_costs_and_shows_how(name: str) -> None:
     text = (BODIES / f"{name}.md").read_text(encoding="utf-8")
     for part in ("## When to use it", "## What it costs", "```"):
         assert part in text, f"{name}: {part}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_every_call_string_names_settings_that_exist(page: Path) -> None:
+    """Also in running text and tables, where nothing is executed."""
+    names = registry.entries()
+    classes = {entry.qualname: name for name, entry in names.items()}
+    for call in CALL.finditer(page.read_text(encoding="utf-8")):
+        name = classes.get(call[1], call[1])
+        if name in names and names[name].kind == "method" and "..." not in call[2]:
+            registry.build(f"{name}({' '.join(call[2].split())})")
 
 
 @pytest.mark.parametrize(
