@@ -5,7 +5,7 @@ A method of the registry without a row here fails a test; a row brings every che
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 ROWS: dict[str, tuple[str, ...]] = {
     "adalora": (
@@ -49,6 +49,15 @@ MOVES_AT_START: frozenset[str] = frozenset()
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
 
+# Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
+# first, and the size at equal ranks, which pay the same price, for the second.
+BY_WEIGHTS: frozenset[str] = frozenset(
+    {
+        "svfit(rank=('energy', 0.5))",
+        "lamda(r=4, allocate='energy_threshold', freeze_fraction=0.5)",
+    }
+)
+
 # A stand-in of every way of changing a layer: pairs are formed of these.
 PAIRED: dict[str, tuple[str, ...]] = {
     "bone": ("bone(r=4)", "bone(r=8, variant='bat')"),
@@ -65,11 +74,18 @@ def representatives() -> list[str]:
     return [spec for name, rows in ROWS.items() for spec in PAIRED.get(name, rows[:1])]
 
 
-def on_shapes(shapes: Iterable[str]) -> list[tuple[str, str]]:
-    """Every row on every shape that it can train."""
-    return [
-        (shape, spec)
-        for shape in shapes
-        for spec in specs()
-        if shape == "bert" or spec not in HEADS_ONLY
-    ]
+def on_shapes(shapes: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """(shape, row, slow): every row on every shape that it can train.
+
+    Quick are all rows on the first shape, every method on every shape, and each further row on
+    one more shape in turn.
+    """
+    found, turn = [], 0
+    for rows in ROWS.values():
+        for index, spec in enumerate(rows):
+            turn += index > 0
+            for place, shape in enumerate(shapes):
+                quick = index == 0 or place == 0 or place == 1 + turn % (len(shapes) - 1)
+                if place == 0 or spec not in HEADS_ONLY:
+                    found.append((shape, spec, not quick))
+    return found

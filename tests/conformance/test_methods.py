@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ import torch
 from conformance import kit, settings
 
 from outlay.core import registry
-from outlay.core.errors import ConfigError
 from outlay.core.method import OnModel
 from outlay.nn.targets import head_modules
 from outlay.training import checkpoint
@@ -24,9 +20,14 @@ from outlay.training.recipe import Recipe
 
 SPECS = settings.specs()
 METHODS = sorted(name for name, entry in registry.entries().items() if entry.kind == "method")
-EVERYWHERE = settings.on_shapes(kit.SHAPES)
 each = pytest.mark.parametrize("spec", SPECS)
-everywhere = pytest.mark.parametrize(("shape", "spec"), EVERYWHERE)
+everywhere = pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        pytest.param(shape, spec, marks=pytest.mark.slow if slow else ())
+        for shape, spec, slow in settings.on_shapes(tuple(kit.SHAPES))
+    ],
+)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -58,28 +59,11 @@ def test_settings_come_back_and_are_hashable(spec):
     assert json.loads(json.dumps(recipe.resolved()))["methods"] == [method.spec()]
 
 
-BAD: tuple[Any, ...] = (b"bytes", float("nan"), -7, 10.5, "no such value", {"no": {"such": ()}})
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_bad_values_are_refused_by_field(name):
-    cls = registry.find(name).load()
-    good = registry.build(settings.ROWS[name][0]).settings()
-    assert dataclasses.fields(cls)
-    for field in dataclasses.fields(cls):
-        refused = 0
-        for value in BAD:
-            try:
-                registry.construct(cls, {**good, field.name: value})
-            except ConfigError as error:
-                refused += 1
-                assert error.exit_code == 2 and error.remedy
-                assert len(str(error).splitlines()) == 2, str(error)
-                assert field.name in error.problem, f"{field.name} = {value!r}: {error.problem}"
-        assert refused, f"{name}.{field.name} takes anything"
-    with pytest.raises(ConfigError, match="no_such_setting") as caught:
-        registry.construct(cls, {**good, "no_such_setting": 1})
-    assert len(str(caught.value).splitlines()) == 2
+def test_bad_values_are_refused_by_field(plain_process, name):
+    found = plain_process["refusals"][name]
+    assert found["fields"] == found["refused"], "a field takes anything"
+    assert found["complaints"] == []
 
 
 # ---- by hand -------------------------------------------------------------------------------------
@@ -87,7 +71,7 @@ def test_bad_values_are_refused_by_field(name):
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if isinstance(registry.build(s), OnModel)])
 def test_by_hand_the_base_is_frozen(spec):
-    method = registry.build(spec)
+    method = registry.build(spec.replace("tinit", "total_step=9, tinit"))
     recipe = kit.recipe()
     model = kit.materials(recipe).model(recipe)
     before = {id(p): n for n, p in model.named_parameters()}
@@ -108,31 +92,22 @@ def test_by_hand_the_base_is_frozen(spec):
 # ---- in a run ------------------------------------------------------------------------------------
 
 
-@everywhere
-def test_the_start_is_the_base_model(shape, spec):
-    recipe = kit.recipe(shape, [spec], precision="float64")
-    base = kit.materials(recipe).model(recipe)
-    stage = kit.stage(recipe)
-    batch = kit.inputs(stage)
-    if spec in settings.MOVES_AT_START:
-        return
-    kit.close(kit.logits(stage.model, batch), kit.logits(base, batch), 1e-10, "the start")
-
-
-@pytest.mark.parametrize("shape", ["bert", "gpt2"])
 @each
-def test_planned_counted_and_real_parameters_agree(shape, spec):
-    if shape != "bert" and spec in settings.HEADS_ONLY:
-        pytest.skip("no head to train")
-    recipe = kit.recipe(shape, [spec])
+def test_planned_counted_and_real_parameters_agree(spec):
+    shape = "bert" if spec in settings.HEADS_ONLY else "gpt2"
+    recipe = kit.recipe(shape, [spec], batch={"size": 8, "length": 48, "pad_to": 0})
     stage = kit.stage(recipe)
     trainable = sum(p.numel() for _, p in stage.live.named_parameters() if p.requires_grad)
     held = {p for o in stage.live.optimizers for g in o.param_groups for p in g["params"]}
     assert stage.context.meter.facts["trainable_parameters"] == trainable > 0
     assert sum(p.numel() for p in held) == trainable
     planned = plan(recipe, device="cpu").params
-    assert planned["trainable"] == trainable
-    assert planned["total"] == sum(p.numel() for p in stage.model.parameters())
+    total = sum(p.numel() for p in stage.model.parameters())
+    assert planned["total"] - planned["trainable"] == total - trainable
+    if spec in settings.BY_WEIGHTS:
+        assert planned["trainable"] >= 0.9 * trainable
+    else:
+        assert planned["trainable"] == trainable
 
 
 SPLITS = (8, 2, 4)
@@ -173,15 +148,20 @@ def _still(spec: str) -> Any:
 
 @everywhere
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_what_is_exported_is_what_was_trained(tmp_path, shape, spec, precision, tolerance):
+def test_starts_at_the_base_and_exports_what_was_trained(
+    tmp_path, shape, spec, precision, tolerance
+):
     recipe = kit.recipe(shape, [spec], precision=precision)
     stage = kit.stage(recipe)
     base = kit.materials(recipe).model(recipe)
+    batch = kit.inputs(stage)
+    plain_logits = kit.logits(base, batch)
+    if spec not in settings.MOVES_AT_START:
+        kit.close(kit.logits(stage.model, batch), plain_logits, tolerance, "the start")
     kit.trained(stage)
     kit.jitter(stage.live, 0.02)
-    batch = kit.inputs(stage)
     expected = kit.logits(stage.model, batch)
-    apart = float((expected - kit.logits(base, batch)).abs().max())
+    apart = float((expected - plain_logits).abs().max())
     assert apart > 1e-4 * float(expected.abs().max()), "nothing was trained"
     plain = stage.exported()
     assert type(plain) is type(base) and _names(plain) == _names(base)
@@ -247,37 +227,6 @@ def test_rows_without_a_label_do_no_harm(spec):
 
 # ---- the caller's generators ---------------------------------------------------------------------
 
-UNTOUCHED = """
-import json, random, sys, tempfile
-import numpy, torch
-import outlay
-from outlay.training.recipe import Recipe
-torch.set_num_threads(1)
-torch.manual_seed(3); numpy.random.seed(3); random.seed(3)
-def states():
-    numbers = numpy.random.get_state()
-    return torch.get_rng_state().tolist(), numbers[1].tolist(), numbers[2], random.getstate()
-moved = []
-for text in json.load(sys.stdin):
-    recipe = Recipe.from_yaml(text)
-    before = states()
-    with tempfile.TemporaryDirectory() as folder:
-        outlay.run(recipe, out=folder)
-    kinds = ("torch", "numpy count", "numpy", "random")
-    moved += [(str(recipe.methods), k) for k, a, b in zip(kinds, before, states()) if a != b]
-print(json.dumps(moved))
-"""
 
-
-def test_the_callers_generators_are_untouched():
-    """In a process of its own: the type checker of the tests draws numbers itself."""
-    texts = [
-        kit.recipe(methods=[spec], model={"dropout": 0.1}, every={"save": 2}).to_yaml()
-        for spec in SPECS
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", UNTOUCHED], input=json.dumps(texts), text=True,
-        capture_output=True, cwd=Path(__file__).parent, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+def test_the_callers_generators_are_untouched(plain_process):
+    assert plain_process["moved"] == []

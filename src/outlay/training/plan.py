@@ -24,6 +24,7 @@ from ..core.budget import Budget
 from ..core.losses import Batch
 from ..core.meter import FlopCounter, Meter
 from ..core.method import OnModel, Step
+from ..nn.placement import fakes_move
 from ..nn.targets import head_modules
 from .assemble import Assembly, assemble, expected_steps
 from .backend import OneDevice, batch_key
@@ -107,7 +108,7 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
     shapes = _drawn_shapes(recipe, materials)
     widest = max(shapes, key=lambda item: item.cells)
     hollow = materials.model(recipe, hollow=True)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), fakes_move():
         assembly = _assembled(recipe, materials, backend, _faked(hollow, backend.device))
         params = _parameters(assembly)
         memory = _memory(assembly, widest.batch, recipe)
