@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo demo-full test slow check bench docs docs-serve clean
+.PHONY: setup demo demo-full test slow check bench docs docs-serve picture clean
 
 $(READY): pyproject.toml constraints.txt assets.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,8 +25,8 @@ demo-full: $(READY)  ## All arms and variants, learning rates tuned for each
 	$(BIN)/outlay compare minilm-questions-full --tune recipe
 
 test: $(READY)  ## The whole suite, as CI runs it
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/pyright src
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -34,8 +34,8 @@ slow: $(READY)  ## What takes longer
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY)  ## Format, lint and types alone
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/pyright src
 
 bench: $(READY)  ## Side-by-side measurements against peers
@@ -43,10 +43,13 @@ bench: $(READY)  ## Side-by-side measurements against peers
 
 docs: $(READY)  ## Build the documentation into site/
 	$(BIN)/python docs/build.py
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict  # --quiet would hide the warnings that strict counts
 
 docs-serve: docs  ## Read the documentation in a browser
 	$(BIN)/mkdocs serve
 
+picture: $(READY)  ## Take the README's picture from the newest report of the demo
+	$(BIN)/python docs/picture.py
+
 clean:
-	rm -rf site build dist .pytest_cache .ruff_cache
+	rm -rf site site_source build dist .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import sys
 from dataclasses import MISSING, fields
@@ -18,6 +19,8 @@ from outlay.core.card import Card
 
 DOCS = Path(__file__).resolve().parent
 TARGET = DOCS.parent / "site_source"
+# Where the README's links stand in the site.
+MOVED = {"docs/methods": "methods.md", "CHANGELOG.md": "changelog.md", "LICENSE": "license.md"}
 REPLICATIONS = registry.ROOT / "replications"
 
 
@@ -86,25 +89,35 @@ def page(entry: registry.Entry) -> str:
     return "\n\n".join([*parts, body.read_text()]) + "\n"
 
 
-def main() -> None:
-    """Write `site_source/`."""
-    shutil.rmtree(TARGET, ignore_errors=True)
-    (TARGET / "methods").mkdir(parents=True)
+def home() -> str:
+    """The README, its links as they are in the site."""
+
+    def moved(match: re.Match[str]) -> str:
+        return f"]({MOVED.get(match[1], match[1].removeprefix('docs/'))})"
+
+    return re.sub(r"\]\(([^)#]+)\)", moved, (DOCS.parent / "README.md").read_text())
+
+
+def main(target: Path = TARGET) -> None:
+    """Write the folder that mkdocs reads."""
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "methods").mkdir(parents=True)
     for path in DOCS.rglob("*"):
         inside = path.relative_to(DOCS)
         if path.is_file() and path.suffix in (".md", ".png") and inside.parts[0] != "methods":
-            (TARGET / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, TARGET / inside)
-    readme = (DOCS.parent / "README.md").read_text().replace("](docs/", "](")
-    (TARGET / "index.md").write_text(readme)
-    shutil.copy(DOCS.parent / "CHANGELOG.md", TARGET / "changelog.md")
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / inside)
+    (target / "index.md").write_text(home())
+    license_text = (DOCS.parent / "LICENSE").read_text()
+    (target / "license.md").write_text(f"# Licence\n\n```text\n{license_text}```\n")
+    shutil.copy(DOCS.parent / "CHANGELOG.md", target / "changelog.md")
     rows = ["# Methods", "", "| method | paper | acts at | replication |", "|---|---|---|---|"]
     for name, entry in sorted(registry.entries().items()):
-        (TARGET / "methods" / f"{name}.md").write_text(page(entry))
+        (target / "methods" / f"{name}.md").write_text(page(entry))
         places = ", ".join(entry.places) or "outside the loop"
         title = entry.card.title
         rows.append(f"| [{name}](methods/{name}.md) | {title} | {places} | {verdict(entry.card)} |")
-    (TARGET / "methods.md").write_text("\n".join(rows) + "\n")
+    (target / "methods.md").write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -205,6 +205,35 @@ def test_switching_between_loaded_adapters(tmp_path):
     assert save_adapter(model, tmp_path / "again", adapter_name="second") == "MISS"
 
 
+def test_heads_switch_with_their_adapters(tmp_path):
+    """As in PEFT: each adapter brings the task head that it was trained with."""
+    base, ids, outs = bert(), tokens(), {}
+    before = logits(base, ids)
+    for seed, name in enumerate(("first", "second")):
+        model = fill(Bone(r=4).adapt(bert()), seed=seed)
+        outs[name] = logits(model, ids)
+        save_adapter(model, tmp_path / name)
+    model = base
+    for name in outs:
+        model = load_adapter(model, tmp_path / name, adapter_name=name)
+        assert torch.equal(logits(model, ids), outs[name])
+    for name in ("first", "second", "first"):
+        set_adapter(model, name)
+        assert torch.equal(logits(model, ids), outs[name])
+        with disable_adapters(model):
+            assert torch.equal(logits(model, ids), before)
+        assert torch.equal(logits(model, ids), outs[name])
+    with torch.no_grad():
+        model.classifier.bias.add_(1.0)
+    changed = logits(model, ids)
+    set_adapter(model, "second")
+    set_adapter(model, "first")
+    assert torch.equal(logits(model, ids), changed)
+    assert torch.equal(logits(Bone(adapter_name="first").export(model), ids), changed) or (
+        torch.allclose(logits(model, ids), changed, atol=1e-5)
+    )
+
+
 def test_training_goes_on_after_loading(tmp_path):
     model = fill(Bone(r=4).adapt(bert()))
     save_adapter(model, tmp_path)

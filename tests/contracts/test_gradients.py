@@ -244,15 +244,17 @@ import random, sys, numpy, torch
 sys.path.insert(0, sys.argv[1])
 from contracts import rig, toys
 model = toys.filled(toys.Net(dropout=0.3))
-language = rig.language([toys.Shortest(), toys.Corrupt(), toys.Pack()], micro=4)
+words = toys.filled(toys.Language())
+torch.manual_seed(5)
 def state():
     plain = numpy.random.get_state()[1].tolist()
     return torch.get_rng_state().tolist(), random.getstate(), plain
-torch.manual_seed(5)
 before = state()
 methods = [toys.Insert(), toys.Focus(), toys.Mix()]
 rig.trained(rig.make(methods, model=model, micro=4, prefetch=2))
-rig.trained(language)
+methods = [toys.Shortest(), toys.Corrupt(), toys.Pack()]
+more = {"rows": toys.sentences(), "objective": rig.CausalObjective}
+rig.trained(rig.make(methods, model=words, micro=4, **more))
 print("untouched" if state() == before else "touched")
 """
 

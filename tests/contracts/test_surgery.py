@@ -246,7 +246,12 @@ def test_a_checkpoint_makes_no_class_but_loaded_modules():
     run = rig.make([toys.Operate(script=((0, "split"),))], steps=1)
     rig.trained(run)
     state = checkpoint.capture(run.live, {})
-    for name in ("subprocess:Popen", "os:system", "antigravity:Nothing", "contracts.toys:nowhere"):
+    for name in (
+        "subprocess:Popen",
+        "os:system",
+        "antigravity:Nothing",
+        "contracts.toy_steps:nowhere",
+    ):
         state["manifest"]["modules"]["added"]["body.4"]["class"] = name
         with pytest.raises(CheckpointError, match="no loaded module class"):
             checkpoint.restore(rig.make().live, state)

@@ -10,6 +10,7 @@ from adapter_kit import MODELS, bert, fill, gpt2, llama, logits, tokens, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from outlay import AdaLora, Bone
 from outlay.core.card import Card
 from outlay.core.errors import ConfigError, Conflict
 from outlay.core.method import Context, OnModel
@@ -289,3 +290,31 @@ def test_gradient_checkpointing():
     assert len(grads[0]) == len(grads[1]) == 5
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", [DenseAdapter(), Lora(), Bone(r=4), Bone(r=4, variant="bat")])
+def test_no_rows_at_all(method):
+    model = fill(method.adapt(nn.Sequential(nn.Linear(8, 4))))
+    x = torch.zeros(0, 3, 8, requires_grad=True)
+    out = model(x)
+    out.sum().backward()
+    assert out.shape == (0, 3, 4) and x.grad is not None
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and not g.any() for g in grads)
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = llama()
+    for method in (Bone(r=4), AdaLora(adapter_name="b")):
+        model = method.adapt(model)
+    held = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.is_meta for p in held)
+    assert sum(p.numel() for p in held) > 0
+
+
+def test_a_quantized_layer_is_refused():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(Conflict, match="quantized"):
+        Lora().adapt(nn.Sequential(layer))

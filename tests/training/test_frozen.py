@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from outlay.core.errors import Conflict
-from outlay.training.frozen import FrozenPrefix
+from outlay.training.frozen import FrozenPrefix, frozen_prefix
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -38,8 +38,8 @@ def gpt2():
     return AutoModelForCausalLM.from_config(config)
 
 
-def llama():
-    config = LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2)
+def llama(**more):
+    config = LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, **more)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -131,7 +131,8 @@ def test_what_cannot_hold_is_refused_by_name():
         FrozenPrefix(model, [])
     with pytest.raises(Conflict, match="'corrupt' rewrites inputs"):
         FrozenPrefix(top_trains(bert()), [toys.Corrupt()])
-    with pytest.raises(Conflict, match="first block trains"):
-        FrozenPrefix(top_trains(bert(), last="0"), [])
+    with pytest.raises(Conflict, match="dropout"):
+        FrozenPrefix(top_trains(llama(attention_dropout=0.1)), [])
+    assert frozen_prefix(top_trains(bert(), last="0"), []) is None, "there is nothing to cache"
     with pytest.raises(Conflict, match="no list of blocks"):
         FrozenPrefix(nn.Linear(2, 2), [])

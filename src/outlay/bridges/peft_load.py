@@ -23,6 +23,7 @@ from ..nn.adapter import (
     insert_deltas,
     original_name,
 )
+from ..nn.heads import load_head, plain_state
 from ..nn.lowrank import LowRankDelta
 from ..nn.targets import linear_shape, pattern_value
 from .peft_save import CONFIG, PREFIX, SETTINGS, STATE, WEIGHTS, digest_of
@@ -61,7 +62,7 @@ def load_adapter(
     else:
         deltas, methods = _from_peft(config, tensors, modules)
     rest = {n: t for n, t in tensors.items() if n.rpartition("#")[0] not in deltas}
-    _load_rest(model, rest)
+    _load_rest(model, adapter_name, rest)
     model = insert_deltas(model, deltas, adapter_name)
     for name, layer in adapted_layers(model).items():
         layer.active = tuple(n for n in layer.active if n == adapter_name)
@@ -245,9 +246,9 @@ def _from_lora(
     return deltas
 
 
-def _load_rest(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _load_rest(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Modules that were saved whole."""
-    current = {original_name(n): t for n, t in model.state_dict(keep_vars=True).items()}
+    current = plain_state(model)
     for name, tensor in tensors.items():
         target = current.get(name)
         if target is None or target.shape != tensor.shape:
@@ -257,5 +258,4 @@ def _load_rest(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"the adapter holds {name!r} {tuple(tensor.shape)}, the model {have}",
                 f"{hint}load the base model that it was trained on",
             )
-        with torch.no_grad():
-            target.copy_(tensor)
+    load_head(model, adapter_name, tensors)

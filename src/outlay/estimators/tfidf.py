@@ -30,6 +30,7 @@ class TfidfLogisticRegression:
         summary="The classic text classifier: n-gram TF-IDF and a tuned logistic regression.",
         saves=("FLOPs", "wall time"),
     )
+    takes: ClassVar[str] = "text"
     strengths: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0)
     ngrams: int = 2
     min_documents: int = 2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import ConfigError, Conflict, nearest
+from .heads import switch_head
 from .targets import is_conv1d, is_linear, weight_of
 
 DEFAULT = "default"
@@ -221,6 +222,8 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 def set_adapter(model: nn.Module, *names: str) -> None:
     """Let the named adapters act, in this order, and no others; merged ones are unmerged first.
 
+    Modules that were loaded with an adapter (its head) come with it: those of the last name.
+
     Raises:
         ConfigError: If no layer has an adapter of that name.
     """
@@ -233,23 +236,30 @@ def set_adapter(model: nn.Module, *names: str) -> None:
     for layer in adapted_layers(model).values():
         layer.unmerge()
         layer.active = tuple(name for name in names if name in layer.deltas)
+    switch_head(model, names[-1] if names else None)
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model answers as its base does, even where adapters were merged."""
+    """Inside, the model answers as its base does, even where adapters were merged.
+
+    A head that was loaded with an adapter gives way to the base's; one trained in place stays.
+    """
     layers = list(adapted_layers(model).values())
     before = [(layer, layer.active, bool(layer.merged)) for layer in layers]
     theirs = [m for m in model.modules() if hasattr(m, "_disable_adapters") and wraps(m)]
     switches = [(m, m._disable_adapters) for m in theirs]
+    head: str | None = None
     try:
         for layer in layers:
             layer.unmerge()
             layer.active = ()
         for module in theirs:
             module._disable_adapters = True  # type: ignore[assignment]
+        head = switch_head(model, None)
         yield model
     finally:
+        switch_head(model, head)
         for module, off in switches:
             module._disable_adapters = off
         for layer, active, merged in before:

@@ -37,7 +37,7 @@ class LowRankProduct(torch.autograd.Function):
             flat.addmm_(hidden, b.T)
         else:
             flat.add_(hidden @ b.T)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.weight, ctx.scaling = as_matrix(base), scaling
         ctx.save_for_backward(x, a, b, gain, hidden)
         return out
 
@@ -61,7 +61,7 @@ class LowRankProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = wide.T @ hidden
         if ctx.needs_input_grad[0]:
-            dx = flat @ as_matrix(ctx.base)
+            dx = flat @ ctx.weight
             dx = dx.addmm_(inner, left) if left.dtype == dx.dtype else dx.add_(inner @ left)
             dx = dx.view(x.shape)
         return dx, da, db, dgain, None, None

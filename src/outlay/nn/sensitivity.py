@@ -6,6 +6,7 @@ neuron). Scores of all units of all layers come out as one vector, ready for `co
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -54,6 +55,11 @@ class UnitScores:
             for index, layer in enumerate(self.layers):
                 shape = tuple(_parameter(layer, name).shape)
                 self._groups.setdefault((name, shape), []).append(index)
+        starts = [0, *itertools.accumulate(self.counts)]
+        self._places = [
+            torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
+            for members in self._groups.values()
+        ]
         self.statistics: list[tuple[Tensor, ...]] = []
         self._warned = False
 
@@ -77,14 +83,12 @@ class UnitScores:
     @torch.no_grad()
     def scores(self) -> Float[Tensor, " units"]:
         """Score of every unit, layer after layer."""
-        first = _parameter(self.layers[0], next(iter(self.parts)))
-        totals: list[Tensor] = [
-            torch.zeros(n, dtype=torch.float32, device=first.device) for n in self.counts
-        ]
+        first = next(iter(self.parts))
+        device = _parameter(self.layers[0], first).device
+        total = torch.zeros(sum(self.counts), device=device)
         for index, ((name, _), members) in enumerate(self._groups.items()):
-            axis = self.parts[name] + 1
             if self.importance == "magnitude":
-                if name != next(iter(self.parts)):
+                if name != first:
                     continue
                 entries = torch.stack([_parameter(self.layers[i], name) for i in members]).abs()
             elif not self.statistics:
@@ -92,11 +96,10 @@ class UnitScores:
             else:
                 mean, *spread = self.statistics[index]
                 entries = mean * spread[0] if spread else mean
-            others = [d for d in range(1, entries.dim()) if d != axis]
+            others = [d for d in range(1, entries.dim()) if d != self.parts[name] + 1]
             reduced = entries.mean(others) if others else entries
-            for row, layer in zip(reduced.float().unbind(), members, strict=True):
-                totals[layer] += row
-        return torch.cat(totals)
+            total.index_add_(0, self._places[index].to(device), reduced.flatten().float())
+        return total
 
     def split(self, units: Tensor) -> tuple[Tensor, ...]:
         """A vector over all units, cut into the layers' parts."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, NoEffect, nearest
+from ..core.errors import ConfigError, Conflict, NoEffect, nearest
 
 ALL_LINEAR = "all-linear"
 
@@ -159,9 +159,18 @@ def _in_layers(
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer, as stored."""
+    """The weight of a layer, as stored.
+
+    Raises:
+        Conflict: If it is packed (a quantized layer): adapters here need the plain numbers.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor), f"{type(module).__name__} has no weight"
+    if not weight.is_floating_point():
+        raise Conflict(
+            f"the weight of a {type(module).__name__} is quantized ({weight.dtype})",
+            "load the base model in float32 or bfloat16",
+        )
     return weight
 
 

@@ -40,7 +40,7 @@ _GRID = {"optimizer.lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 SUGGESTIONS: dict[str, Suggestion] = {
     "minilm-questions": Suggestion(
         (
-            "probe=probe @ optimizer.lr=3e-2",
+            "probe=feature_probe",
             "tfidf=tfidf_logistic_regression",
             f"lora={_LORA} @ optimizer.lr=3e-3",
             f"adalora=adalora(init_r=12, target_r=8, {_TOP}) @ optimizer.lr=1e-2",
@@ -52,7 +52,8 @@ SUGGESTIONS: dict[str, Suggestion] = {
     ),
     "minilm-questions-full": Suggestion(
         (
-            "probe=probe",
+            "probe=feature_probe",
+            "head=probe",
             "tfidf=tfidf_logistic_regression",
             "full=full",
             "lora=peft(type='LORA', r=8, lora_alpha=16)",

@@ -57,6 +57,14 @@ class _PassThrough(nn.Module):
         return hidden
 
 
+def _drops(module: nn.Module) -> bool:
+    """True for dropout layers, and for attention that keeps its rate as a plain number."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    rates = [value for key, value in vars(module).items() if "drop" in key]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 class _Enough(Exception):
     """Raised inside a forward pass that is needed no further."""
 
@@ -105,9 +113,7 @@ class FrozenPrefix:
         below = [n for n, p in model.named_parameters() if p.requires_grad and self._below(n)]
         rewriting = [m.card.name for m in methods if isinstance(m, OnBatch)]
         lower = [*self.blocks[: self.depth], *self._embeddings()]
-        dropping = any(
-            isinstance(m, nn.Dropout) and m.p > 0 for block in lower for m in block.modules()
-        )
+        dropping = any(_drops(m) for block in lower for m in block.modules())
         reason = (
             f"{rewriting[0]!r} rewrites inputs" if rewriting
             else f"{below[0]!r} trains below the first trained block" if below

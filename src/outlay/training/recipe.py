@@ -349,7 +349,10 @@ class Recipe(Spec):
             if isinstance(value, str):
                 fields[key] = kind.model_validate({_source_kind(value): value})
             elif isinstance(value, Mapping):
-                fields[key] = kind.model_validate(dict(value))
+                try:
+                    fields[key] = kind.model_validate(dict(value))
+                except ValidationError as error:
+                    raise _refusal(error, kind, key) from None
         return fields
 
     @model_validator(mode="after")
@@ -533,10 +536,11 @@ def _differs(key: str, value: Any) -> bool:
     return value != field.get_default(call_default_factory=True)  # type: ignore[call-arg]
 
 
-def _refusal(error: ValidationError, root: type[BaseModel]) -> ConfigError:
+def _refusal(error: ValidationError, root: type[BaseModel], inside: str = "") -> ConfigError:
     """The first problem as two lines: path, value and what is allowed."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
+    path = [inside, *path] if inside else path
     place = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _known(root, path[:-1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ class Allocation(Watcher):
         self.calls = self.allocations = 0
         self.fixed = False
         self.last: dict[str, float] = {}
+        self._factors: list[Tensor] = []
 
     def budget(self, step: Step) -> float:
         """Live ranks (or parameters) that the step may leave, whole as in the paper."""
@@ -95,7 +97,8 @@ class Allocation(Watcher):
         """The paper's order: weights are updated, gradients are those that updated them."""
         self.calls += 1
         if self.fixed:
-            return self._mask()
+            # Compacted layers have nothing dead left.
+            return None if self.method.compact_final else self._mask(self._pattern())
         progress = self.phases.progress(step)
         if progress < 1:
             self.scores.update()
@@ -108,27 +111,26 @@ class Allocation(Watcher):
     def _allocate(self, step: Step) -> None:
         scores, budget = self.scores.scores(), self.budget(step)
         kept = allocate(scores, self.costs, budget)
-        for delta, part in zip(self.deltas.values(), self.scores.split(kept), strict=True):
-            delta.keep.copy_(part)
-        self._mask()
+        held = list(self.deltas.values())
+        with torch.no_grad():
+            torch._foreach_copy_([delta.keep for delta in held], list(self.scores.split(kept)))
+        self._mask(self.scores.split(kept.to(held[0].a.dtype)))
         self.allocations += 1
         threshold = float(scores[kept].min()) if bool(kept.any()) else float("inf")
         self.last = {"budget": budget, "threshold": threshold, "rank": float(kept.sum())}
 
     @torch.no_grad()
-    def _mask(self) -> None:
-        """Zero what is dead: E, or the whole doublet."""
-        values, factors = [], []
-        for delta in self.deltas.values():
-            if len(delta.a) != len(delta.keep):
-                continue
-            column = delta.keep[:, None].to(delta.a.dtype)
-            if delta.e is not None:
-                values, factors = [*values, delta.e], [*factors, column]
-            else:
-                values, factors = [*values, delta.a, delta.b], [*factors, column, column.T]
-        if values:
-            torch._foreach_mul_(values, factors)
+    def _mask(self, factors: Sequence[Tensor]) -> None:
+        """Zero what is dead: E, or the whole doublet. One factor of shape (rho,) a layer."""
+        values: list[Tensor]
+        columns = [factor[:, None] for factor in factors]
+        held = list(self.deltas.values())
+        if self.method.units == "triplets":
+            values = [delta.e for delta in held if delta.e is not None]
+        else:
+            values = [*(delta.a for delta in held), *(delta.b for delta in held)]
+            columns = [*columns, *(factor[None] for factor in factors)]
+        torch._foreach_mul_(values, columns)
 
     def _fix(self) -> None:
         self.fixed = True
@@ -142,6 +144,12 @@ class Allocation(Watcher):
                     if value is not None:
                         pick = _picker(alive, axis)
                         self.live.replace(f"{path}.deltas.{name}.{leaf}", pick(value), state=pick)
+
+    def _pattern(self) -> list[Tensor]:
+        """The fixed pattern as factors; made once."""
+        if not self._factors:
+            self._factors = [delta.keep.to(delta.a.dtype) for delta in self.deltas.values()]
+        return self._factors
 
     def _paths(self) -> dict[str, TripletDelta]:
         ids = {id(delta): delta for delta in self.deltas.values()}
@@ -172,6 +180,12 @@ class Allocation(Watcher):
                 f"adalora never allocated in {self.calls} steps: ranks stayed at init_r",
                 "make warmup_share or `every` smaller, or the budget longer",
             )
+        if not self.fixed:
+            warnings.warn(
+                f"adalora's run ended before ranks were fixed: {self.last['rank']:.0f} units are "
+                "alive, which may be more than target_r",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, pattern and counts."""
@@ -187,6 +201,7 @@ class Allocation(Watcher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.scores.load_state_dict(state["statistics"])
+        self._factors = []
         for name, delta in self.deltas.items():
             delta.keep.copy_(state["keep"][name])
         self.calls, self.allocations = int(state["calls"]), int(state["allocations"])

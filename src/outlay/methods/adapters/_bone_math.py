@@ -15,14 +15,13 @@ from torch.nn import functional as F
 
 from ...core.errors import ConfigError
 from ...nn.adapter import as_matrix
-from ...nn.targets import is_conv1d
 
 
 def block_sum(x: Float[Tensor, "n in"], r: int, dtype: torch.dtype) -> Float[Tensor, "n r"]:
     """Sum the features i with equal i mod r; a last partial block counts as padded with zeros."""
     rest = x.shape[1] % r
     if not rest:
-        return x.view(len(x), -1, r).sum(1, dtype=dtype)
+        return x.view(len(x), x.shape[1] // r, r).sum(1, dtype=dtype)
     sums = x[:, :-rest].unflatten(1, (-1, r)).sum(1, dtype=dtype)
     return torch.cat([sums[:, :rest] + x[:, -rest:], sums[:, rest:]], 1)
 
@@ -59,7 +58,7 @@ class SharedBlock(torch.autograd.Function):
             flat.addmm_(sums, block)
         else:
             flat.unflatten(1, (-1, block.shape[1])).add_((sums @ block)[:, None])
-        ctx.base, ctx.shape = base, x.shape
+        ctx.weight, ctx.shape = as_matrix(base), x.shape
         ctx.save_for_backward(sums, block)
         ctx.set_materialize_grads(False)
         return out, sums
@@ -68,8 +67,8 @@ class SharedBlock(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         """Gives dD = S^T g and dx = g W, plus g D^T spread over the blocks."""
         sums, block = ctx.saved_tensors
-        size = ctx.base.weight.shape[1 if is_conv1d(ctx.base) else 0]
-        flat = sums.new_zeros(len(sums), size) if grads[0] is None else grads[0].reshape(-1, size)
+        out, grad = ctx.weight.shape[0], grads[0]
+        flat = sums.new_zeros(len(sums), out) if grad is None else grad.reshape(-1, out)
         short = flat.to(block.dtype)
         if block.shape[1] != flat.shape[1]:
             short = short.unflatten(1, (-1, block.shape[1])).sum(1)
@@ -77,7 +76,7 @@ class SharedBlock(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dblock = sums.T @ short
         if ctx.needs_input_grad[0]:
-            rows = flat @ as_matrix(ctx.base)
+            rows = flat @ ctx.weight
             inner = short @ block.T
             spread_(rows, inner if grads[1] is None else inner + grads[1])
             dx = rows.view(ctx.shape)
@@ -156,9 +155,9 @@ class GuidedBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Tensor, base: nn.Module, axis: str) -> Tensor:
         """The whole output: base(x) is not computed beside it."""
-        ctx.base, ctx.axis = base, axis
+        ctx.weight, ctx.axis = as_matrix(base), axis
         ctx.save_for_backward(x, block)
-        merged = guided(as_matrix(base), block, axis).to(x.dtype)
+        merged = guided(ctx.weight, block, axis).to(x.dtype)
         return F.linear(x, merged, base.bias)  # type: ignore[arg-type]
 
     @staticmethod
@@ -166,7 +165,7 @@ class GuidedBlocks(torch.autograd.Function):
         """Gives dW' = g^T x gives dD; dx = g W'."""
         x, block = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        weight = as_matrix(ctx.base)
+        weight = ctx.weight
         dx = dblock = None
         if ctx.needs_input_grad[1]:
             outer = (grad.T @ x.reshape(-1, x.shape[-1])).to(block.dtype)

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from ...core.card import Card
+from ...core.claims import Claim
 from ...core.errors import ConfigError
 from ...core.losses import Objective
 from ...core.method import Context, OnModel, OnObjective, OnStep, generator_of
@@ -161,6 +162,12 @@ class AdaLora(AdapterMethod, OnModel, OnObjective, OnStep):
     def watch(self, live: Any) -> Allocation:
         """The allocation, once an optimizer step."""
         return Allocation(self, live)
+
+    def claims(self, model: nn.Module | None) -> list[Claim]:
+        """The addition, and structure where dead rows are dropped during the run."""
+        start = 0.0 if self.final_steps is not None else 1 - self.final_share
+        changes = [Claim("structure", share=(start, 1.0))] if self.compact_final else []
+        return [*super().claims(model), *changes]
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
         """Live rank of every layer."""
