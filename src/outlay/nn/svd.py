@@ -46,6 +46,14 @@ def float_matrix(layer: nn.Module, name: str = "the layer") -> Float[Tensor, "ou
     return wide.T if is_conv1d(layer) else wide.flatten(1)
 
 
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix, quantized or not."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    first, rest = weight.shape[0], weight.shape[1:].numel()
+    return (rest, first) if is_conv1d(layer) else (first, rest)
+
+
 def is_quantized(layer: nn.Module) -> bool:
     """True if a layer's weight is stored as anything but plain floating-point numbers."""
     weight = layer.weight
@@ -213,5 +221,5 @@ def energy_rank(s: Float[Tensor, " k"], share: float, total: float | None = None
 
 __all__ = [
     "Decomposition", "SvdCache", "decompose", "energies", "energy_rank", "fingerprint",
-    "float_matrix", "hollow", "is_quantized", "shared_cache", "spectral_energy",
+    "float_matrix", "hollow", "is_quantized", "matrix_shape", "shared_cache", "spectral_energy",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ...nn.adapter import apply_weight, plain_layer
 from ...nn.spectral import SpectralDelta, channels_back, channels_last, project
 from ...nn.svd import float_matrix
-from ...nn.targets import is_conv1d, weight_of
+from ...nn.targets import is_conv1d
 
 Parameterisation = Literal["additive", "relative", "softplus"]
 Side = Literal["right", "left"]
@@ -130,7 +130,7 @@ class SVFitDelta(SpectralDelta):
         self.delta = nn.Parameter(torch.zeros_like(self.sigma))
         # The very parameter, in a list so that it is not registered: merging puts another one
         # into the layer, and exporting factors needs the frozen one.
-        self._stored, self._transposed = [weight_of(layer)], is_conv1d(layer)
+        self._stored, self._transposed = [layer.weight], is_conv1d(layer)
 
     def shift(self) -> Float[Tensor, " r"]:
         """The change d = sigma - Sigma_r."""
@@ -201,6 +201,7 @@ class SVFitDelta(SpectralDelta):
         """
         with torch.no_grad():
             stored = self._stored[0]
+            assert isinstance(stored, Tensor)
             wide = stored if stored.dtype.is_floating_point else stored.dequantize()
             b, a = self._factors(wide.T if self._transposed else wide.flatten(1))
             return a.clone(), b.clone()

@@ -27,8 +27,15 @@ from ...nn.spectral import (
     random_bases,
     seed_for,
 )
-from ...nn.svd import fingerprint, float_matrix, hollow, is_quantized, shared_cache
-from ...nn.targets import linear_shape, pattern_value
+from ...nn.svd import (
+    fingerprint,
+    float_matrix,
+    hollow,
+    is_quantized,
+    matrix_shape,
+    shared_cache,
+)
+from ...nn.targets import pattern_value
 from ._lamda_layer import LaMDADelta, kaiming
 
 Init = Literal["svd_residual", "svd_zero", "code"]
@@ -168,7 +175,7 @@ class LaMDA(AdapterMethod, OnModel, OnStep):
                 )
         if self.allocate != "uniform" or self.rank_budget is not None:
             return self.with_ranks(model, context).adapt(model, context)
-        shapes = [linear_shape(layer) for layer in targets.values()]
+        shapes = [matrix_shape(layer) for layer in targets.values()]
         model = super().adapt(model, context)
         spectral = self.init != "code" and self.basis == "singular"
         account(model, shapes if spectral else (), context)
@@ -208,7 +215,7 @@ class LaMDA(AdapterMethod, OnModel, OnStep):
 
     def make(self, name: str, layer: nn.Module, context: Context | None = None) -> LaMDADelta:
         """The delta of one layer at its start."""
-        shape = linear_shape(layer)
+        shape = matrix_shape(layer)
         rank = pattern_value(self.rank_pattern, name, self.r)
         check_rank("lamda", "r", rank, shape, name)
         quantized = is_quantized(layer)

@@ -25,8 +25,15 @@ from ...nn.spectral import (
     random_bases,
     seed_for,
 )
-from ...nn.svd import energy_rank, float_matrix, hollow, is_quantized, shared_cache
-from ...nn.targets import is_linear, linear_shape
+from ...nn.svd import (
+    energy_rank,
+    float_matrix,
+    hollow,
+    is_quantized,
+    matrix_shape,
+    shared_cache,
+)
+from ...nn.targets import is_linear
 from ._svfit_layer import Parameterisation, Side, SVFitDelta
 
 Rank = (
@@ -140,7 +147,7 @@ class SVFit(AdapterMethod, OnModel):
                 spectrum.
             NonFinite: If a weight holds NaN or infinity.
         """
-        shapes = [linear_shape(layer) for layer in self.targets(model).values()]
+        shapes = [matrix_shape(layer) for layer in self.targets(model).values()]
         model = super().adapt(model, context)
         account(model, shapes if self.basis == "singular" else (), context)
         return model
@@ -148,7 +155,7 @@ class SVFit(AdapterMethod, OnModel):
     def make(self, name: str, layer: nn.Module, context: Context | None = None) -> SVFitDelta:
         """The delta of one layer, at zero."""
         matrix = float_matrix(layer, name)
-        shape = linear_shape(layer)
+        shape = matrix_shape(layer)
         small, kept = min(shape), delta_dtype(layer)
         if isinstance(self.rank, int):
             check_rank("svfit", "rank", self.rank, shape, name)
