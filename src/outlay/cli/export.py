@@ -57,8 +57,12 @@ def export(
         from ..training.finished import open_run
 
         finished = open_run(folder, device=device, threads=threads)
-        write = finished.save_model if form is Format.transformers else finished.save_adapter
-        kind = write_folder(out, write)
+        if form is Format.transformers:
+            kind = write_folder(out, finished.save_model)
+        else:
+            from ..bridges.peft_runs import save_run_adapter
+
+            kind = write_folder(out, lambda draft: save_run_adapter(finished, draft))
     for text in dict.fromkeys(str(warning.message) for warning in told):
         screen.note(f"note: {' '.join(text.split())}", quiet)
     files = sorted(p.name for p in out.iterdir())

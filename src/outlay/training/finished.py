@@ -121,37 +121,7 @@ class Finished:
         save_model(model, self.tokenizer, folder, labels=self.labels, overwrite=True)
         return type(model).__name__
 
-    def save_adapter(self, folder: Path) -> str:
-        """Write the adapter alone as a PEFT folder.
-
-        Args:
-            folder: Made if missing.
-
-        Returns:
-            The PEFT type that was written.
-
-        Raises:
-            ConfigError: If the run trained no adapter, or several.
-        """
-        from ..bridges._peft_folder import injected_adapters, save_injected
-        from ..bridges.peft_save import save_adapter
-        from ..nn.adapter import adapter_names
-
-        injected = injected_adapters(self.assembly.model)
-        names = [*adapter_names(self.assembly.model), *injected]
-        if len(names) != 1:
-            raise ConfigError(
-                f"run {self.folder.name} holds "
-                + (f"the adapters {', '.join(names)}" if names else "no adapter"),
-                "export the whole model with --format transformers",
-            )
-        save = save_injected if injected else save_adapter
-        kind = save(self.assembly.model, folder, self._base(), names[0])
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
-        return kind
-
-    def _base(self) -> str | None:
+    def base_reference(self) -> str | None:
         """Where the base model is, for the adapter's config."""
         spec = self.recipe.model
         if not isinstance(spec, ModelSpec):

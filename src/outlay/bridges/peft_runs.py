@@ -1,4 +1,4 @@
-"""PEFT's own folder for an adapter that the method `peft(type=...)` trained."""
+"""PEFT folders from finished runs: PEFT's own adapters, and outlay's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..core.errors import ConfigError
+from ..nn.adapter import adapter_names
 from ..nn.targets import head_modules
-from .peft_save import PREFIX, WEIGHTS
+from ..training.finished import Finished
+from .peft_save import PREFIX, WEIGHTS, save_adapter
 
 
 def injected_adapters(model: nn.Module) -> list[str]:
@@ -83,3 +85,32 @@ def _with_shared(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         if shared is not None:
             state[f"base_model{ending}"] = shared
     return state
+
+
+def save_run_adapter(finished: Finished, folder: Path) -> str:
+    """Write the adapter of a finished run alone as a PEFT folder.
+
+    Args:
+        finished: As from `training.finished.open_run`.
+        folder: Made if missing.
+
+    Returns:
+        The PEFT type that was written.
+
+    Raises:
+        ConfigError: If the run trained no adapter, or several.
+    """
+    model = finished.assembly.model
+    injected = injected_adapters(model)
+    names = [*adapter_names(model), *injected]
+    if len(names) != 1:
+        raise ConfigError(
+            f"run {finished.folder.name} holds "
+            + (f"the adapters {', '.join(names)}" if names else "no adapter"),
+            "export the whole model with --format transformers",
+        )
+    save = save_injected if injected else save_adapter
+    kind = save(model, folder, finished.base_reference(), names[0])
+    if finished.tokenizer is not None:
+        finished.tokenizer.save_pretrained(str(folder))
+    return kind
