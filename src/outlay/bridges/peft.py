@@ -192,7 +192,8 @@ class Peft(TargetedMethod, OnModel, OnObjective, OnStep):
 
         if hasattr(model, "peft_config"):
             raise Conflict(
-                "the model already has an adapter of PEFT", "use one peft(...) method a model"
+                "the model already has an adapter of PEFT, and 'peft' would bring a second",
+                "use one peft(...) method a model",
             )
         found = self.targets(model)
         paths = {id(module): path for path, module in model.named_modules()}

@@ -180,8 +180,13 @@ def insert_deltas(
     for name in deltas:
         wrapper = wrappers.get(id(modules[name]))
         if wrapper is not None and adapter_name in wrapper.deltas:
+            there, new = (
+                "" if owner is None else f"{owner.card.name!r} "
+                for owner in (wrapper.methods.get(adapter_name), method)
+            )
             raise Conflict(
-                f"layer {name!r} already has an adapter named {adapter_name!r}",
+                f"layer {name!r} already has an adapter {there}named {adapter_name!r}, and "
+                f"another {new}takes that name",
                 "give one of them another adapter_name",
             )
     for name, delta in deltas.items():

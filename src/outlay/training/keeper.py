@@ -67,6 +67,7 @@ class Keeper:
         self.best: float | None = None
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
+        self.stopped = False
         assembly.loop.marks = checkpoint.buffer_marks(assembly.model, assembly.objective)
         self.metric, self.higher = main_metric(self.recipe.task, self.recipe.evaluate.metric)
         self.items: dict[str, dict[str, list[Any]]] = {}
@@ -88,7 +89,7 @@ class Keeper:
         over = self.meter.spent(self.recipe.budget) >= self.recipe.budget.amount
         stop = False
         if every.evaluate and (taken % every.evaluate == 0 or over):
-            stop = self._evaluated(step)
+            stop = self.stopped = self._evaluated(step)
         stop = stop or self.asked_to_stop()
         due = every.save and taken % every.save == 0
         if due or (self.asked_to_stop() and not over):
@@ -159,6 +160,7 @@ class Keeper:
             "kept": self.assembly.context.kept,
             "best": {
                 "value": self.best, "weights": self.best_weights, "since": self.since_best,
+                "stopped": self.stopped,
             },
             "threads": torch.get_num_threads(),
             "device": self.assembly.loop.backend.device.type,
@@ -187,3 +189,5 @@ class Keeper:
         best = tree["best"]
         self.best, self.best_weights = best["value"], dict(best["weights"])
         self.since_best = best["since"]
+        # A kill after the decision to stop early must not train on.
+        self.stopped = assembly.loop.stopped = best["stopped"]

@@ -47,6 +47,7 @@ class Loop:
         after_step: Called with the next step's index: evaluation, checkpoint, stop. Returns
             True to stop.
         marks: Tensors as they were before the run, for checkpoints.
+        stopped: True if the run that goes on here had stopped early: no step is taken.
     """
 
     live: Live
@@ -60,6 +61,7 @@ class Loop:
     on_step: Callable[[Step, dict[str, Any]], None] = lambda step, values: None
     after_step: Callable[[Step], bool] = lambda step: False
     marks: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
     _hooks: list[Any] = field(default_factory=list)
     _homes: list[tuple[str, nn.Parameter, torch.optim.Optimizer]] = field(default_factory=list)
     _wired: bool = False
@@ -80,7 +82,7 @@ class Loop:
         try:
             # The caller's generators come back as they were.
             with torch.random.fork_rng(self.backend.rng_devices()):
-                while meter.spent(budget) < budget.amount:
+                while not self.stopped and meter.spent(budget) < budget.amount:
                     step = Step(
                         int(meter.totals["steps"]),
                         meter.share(budget),

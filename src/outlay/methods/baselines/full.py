@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from ...core.card import Card
+from ...core.claims import Claim
 from ...core.errors import NoEffect
 from ...core.method import Context, OnModel
 from ...nn.targets import blocks, head_modules
@@ -26,6 +27,7 @@ class Full(OnModel):
         title="Full fine-tuning: every parameter trains",
         group="baselines",
         summary="Train every parameter, or every parameter of the named layers.",
+        claims=("base.trained",),
         freezes_base=True,
     )
     layers_to_transform: tuple[int, ...] | None = None
@@ -37,6 +39,10 @@ class Full(OnModel):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in keep or name.split(".")[0] in heads)
         return model
+
+    def claims(self, model: nn.Module | None) -> list[Claim]:
+        """The parameters that train: others may be named beside them."""
+        return [Claim("base.trained", frozenset(() if model is None else self.trains(model)))]
 
     def trains(self, model: nn.Module) -> tuple[str, ...]:
         """All parameters, or those of the named layers.

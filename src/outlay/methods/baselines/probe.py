@@ -25,6 +25,7 @@ class Probe(OnModel):
         title="Linear probe: the task's head alone trains",
         group="baselines",
         summary="Train only the task's head on the frozen model.",
+        claims=("base.trained", "base.frozen"),
         saves=("trainable parameters", "memory"),
         freezes_base=True,
     )
