@@ -84,19 +84,31 @@ class SharedBlock(torch.autograd.Function):
 
 
 def guided(
-    weight: Float[Tensor, "out in"], block: Float[Tensor, "blocks r r"], axis: str
+    weight: Float[Tensor, "out in"],
+    block: Float[Tensor, "blocks r r"],
+    axis: str,
+    into: Tensor | None = None,
 ) -> Float[Tensor, "out in"]:
-    """W'_ac = W_ac (I + D_a) + D_a over r x r blocks, or with D_c for axis "col"."""
+    """W'_ac = W_ac (I + D_a) + D_a over r x r blocks, or with D_c for axis "col".
+
+    Args:
+        weight: W.
+        block: D, one an output block-row or an input block-column.
+        axis: "row" or "col".
+        into: Memory of the result's size to write to (axis "row"); nothing may need its values.
+    """
     r = block.shape[1]
     out, width = weight.shape
     wide = weight.to(block.dtype)
+    factor = block + torch.eye(r, dtype=block.dtype, device=block.device)
     if axis == "row":
-        stacked = wide.reshape(out // r, width, r)
-        stacked = torch.baddbmm(stacked, stacked, block)
+        # Rows (output within a block, input block) lie behind each other: no permutation.
+        target = None if into is None else into.view(out // r, width, r)
+        stacked = torch.bmm(wide.reshape(out // r, width, r), factor, out=target)
         stacked.view(out // r, r, width // r, r).add_(block[:, :, None])
         return stacked.view(out, width)
     stacked = wide.reshape(out, width // r, r).transpose(0, 1)
-    result = (stacked @ block).transpose(0, 1).add_(wide.view(out, width // r, r))
+    result = (stacked @ factor).transpose(0, 1)
     result.unflatten(0, (-1, r)).add_(block.transpose(0, 1))
     return result.reshape(out, width)
 
@@ -166,11 +178,13 @@ class GuidedBlocks(torch.autograd.Function):
         x, block = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         weight = ctx.weight
-        dx = dblock = None
+        dx = dblock = outer = None
         if ctx.needs_input_grad[1]:
             outer = (grad.T @ x.reshape(-1, x.shape[-1])).to(block.dtype)
             dblock = guided_gradient(weight.to(block.dtype), outer, block.shape[1], ctx.axis)
-            del outer
         if ctx.needs_input_grad[0]:
-            dx = (grad @ guided(weight, block, ctx.axis).to(grad.dtype)).view(x.shape)
+            # dW' has done its work: W' may have its memory, unless a second derivative is asked.
+            into = None if torch.is_grad_enabled() else outer
+            merged = guided(weight, block, ctx.axis, into)
+            dx = (grad @ merged.to(grad.dtype)).view(x.shape)
         return dx, dblock, None, None
