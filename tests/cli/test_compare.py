@@ -22,7 +22,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import contextlib
     import io
 
-    from conftest import write_material  # pyright: ignore[reportMissingImports]
+    from cli.conftest import write_material
 
     from outlay.cli.app import run_app
 
