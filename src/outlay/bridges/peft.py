@@ -71,7 +71,13 @@ class Peft(TargetedMethod, OnModel, OnObjective, OnStep):
         **others: Any,
     ) -> None:
         kind = type.upper() if isinstance(type, str) else type
-        given = {**dict(options), **others}
+        try:
+            given = {**{str(key): value for key, value in dict(options).items()}, **others}
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"peft.options = {callspec.shown(options)} is not allowed",
+                "give PEFT's own keywords beside type, as in peft(type='LORA', r=8)",
+            ) from None
         if kind == "DORA":
             kind, given = "LORA", {**given, "use_dora": True}
         values = {
@@ -186,7 +192,8 @@ class Peft(TargetedMethod, OnModel, OnObjective, OnStep):
 
         if hasattr(model, "peft_config"):
             raise Conflict(
-                "the model already has an adapter of PEFT", "use one peft(...) method a model"
+                "the model already has an adapter of PEFT, and 'peft' would bring a second",
+                "use one peft(...) method a model",
             )
         found = self.targets(model)
         paths = {id(module): path for path, module in model.named_modules()}

@@ -31,14 +31,20 @@ def allocate(
         True where a unit is kept.
 
     Raises:
-        ConfigError: If a cost is not positive or the budget is NaN.
+        ConfigError: If a cost is missing or not positive, or the budget is NaN.
     """
     count = scores.numel()
+    if costs is not None and costs.shape != scores.shape:
+        raise ConfigError(
+            f"{count} scores and {costs.numel()} costs", "give each unit one score and one cost"
+        )
     values = torch.nan_to_num(scores.detach().double().cpu(), nan=-math.inf)
     prices = torch.ones(count, dtype=torch.float64) if costs is None else costs.double().cpu()
-    if math.isnan(budget) or bool((prices <= 0).any()):
+    if math.isnan(budget) or not bool(((prices > 0) & prices.isfinite()).all()):
         raise ConfigError("a price is not positive or the budget is NaN", "give prices > 0")
     keep = torch.zeros(count, dtype=torch.bool)
+    if budget <= 0:
+        return keep.to(scores.device)
     if count and bool((prices == prices[0]).all()):
         affordable = count if math.isinf(budget) else int(budget / float(prices[0]) + 1e-9)
         order = torch.argsort(values, descending=True, stable=True)
@@ -64,10 +70,13 @@ def share(
         floor: Smallest share of any unit, between 0 and 1 / units.
 
     Raises:
-        ConfigError: If the temperature is not positive or the floors sum to more than one.
+        ConfigError: If the temperature is not positive, the floors sum to more than one, or a
+            score is NaN.
     """
     count = scores.numel()
-    if temperature <= 0 or floor < 0 or floor * count > 1 + 1e-12:
+    if bool(scores.isnan().any()):
+        raise ConfigError("a score is NaN", "give a number for every unit")
+    if not (temperature > 0 and floor >= 0 and floor * count <= 1 + 1e-12):
         raise ConfigError(
             f"temperature={temperature}, floor={floor} over {count} units",
             "give temperature > 0 and 0 <= floor <= 1/units",

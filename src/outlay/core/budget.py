@@ -39,7 +39,8 @@ class Budget:
                 f"unknown budget unit {self.unit!r}",
                 f"{nearest(self.unit, UNITS + CAPS)}use one of {', '.join(UNITS + CAPS)}",
             )
-        if not (math.isfinite(self.amount) and self.amount > 0):
+        number = isinstance(self.amount, (int, float)) and not isinstance(self.amount, bool)
+        if not (number and math.isfinite(self.amount) and self.amount > 0):
             raise ConfigError(f"budget amount {self.amount!r} is not positive", "give a number > 0")
         if self.unit in ("steps", "examples", *CAPS) and self.amount != int(self.amount):
             raise ConfigError(
@@ -63,7 +64,9 @@ class Budget:
         number, word = float(match[1].replace("_", "")), match[2].strip().lower().replace(" ", "_")
         if word not in UNITS + CAPS and word not in _ALIASES and word[:1] in _SCALES:
             rest = word[1:].lstrip("_")
-            if rest in UNITS + CAPS or rest in _ALIASES:
+            # "5ms" must not become five million seconds.
+            counted = rest in UNITS + CAPS or rest in _ALIASES
+            if counted and _ALIASES.get(rest, rest) != "seconds":
                 number, word = number * _SCALES[word[0]], rest
         return cls(number, _ALIASES.get(word, word))
 
@@ -73,5 +76,10 @@ class Budget:
         return self.unit != "seconds"
 
     def __str__(self) -> str:
-        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
-        return f"{amount if amount < 1e7 else f'{self.amount:g}'}{self.unit}"
+        amount = float(self.amount)
+        if amount.is_integer() and amount < 1e7:
+            return f"{int(amount)}{self.unit}"
+        short = f"{amount:g}"
+        if float(short) != amount:
+            short = str(int(amount)) if amount.is_integer() and amount < 1e16 else repr(amount)
+        return f"{short}{self.unit}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ WORDS: dict[str, str] = {
     "delta.additive": "a trainable term is added to the frozen weight; several stack",
     "delta.multiplicative": "the frozen weight is multiplied; does not stack with other changes",
     "mask": "entries of the weight are held at zero or at their value",
-    "structure": "modules or parameters change during the run",
+    "base.trained": "which of the model's own parameters train; one holder a parameter",
+    "base.frozen": "nothing is added to the model's weights and nothing in them changes",
+    "structure": "the weight itself is replaced or split during the run",
     "objective.token": "the loss of a token or example is replaced",
     "objective.weights": "losses are weighted; several multiply",
     "example.corruption": "inputs and labels of an example are rewritten",
@@ -50,6 +52,15 @@ CLASHES: frozenset[frozenset[str]] = frozenset(
         ("delta.multiplicative", "delta.additive"),
         ("delta.multiplicative", "mask"),
         ("mask", "mask"),
+        ("base.trained", "base.trained"),
+        ("base.frozen", "delta.additive"),
+        ("base.frozen", "delta.multiplicative"),
+        ("base.frozen", "weight.replaced"),
+        ("base.frozen", "mask"),
+        ("base.frozen", "structure"),
+        ("structure", "structure"),
+        ("structure", "mask"),
+        ("structure", "weight.replaced"),
         ("objective.token", "objective.token"),
         ("example.corruption", "example.corruption"),
         ("batch.layout", "batch.layout"),
@@ -66,13 +77,18 @@ CLASHES: frozenset[frozenset[str]] = frozenset(
 )
 
 
+# A place whose function only one method can give implies the word, whatever the card says.
+IMPLIED = {"OnOptimizer": "optimizer", "OnReward": "reward.weights"}
+
+
 @dataclass(frozen=True)
 class Claim:
     """One thing that a method holds.
 
     Attributes:
         word: A key of `WORDS`.
-        parameters: Names of parameters on the original model; empty means the whole run.
+        parameters: Names of parameters or modules on the original model; a module's name means
+            everything under it; empty means the whole run.
         share: First and last share of the budget during which the claim holds.
     """
 
@@ -83,38 +99,72 @@ class Claim:
     def __post_init__(self) -> None:
         if self.word not in WORDS:
             raise ConfigError(f"unknown claim {self.word!r}", f"use one of {', '.join(WORDS)}")
+        if not 0 <= self.share[0] < self.share[1] <= 1:
+            raise ConfigError(
+                f"claim {self.word!r} holds over shares {self.share}", "give 0 <= first < last <= 1"
+            )
 
 
-def _same_place(first: Claim, second: Claim, identity: dict[str, int]) -> str | None:
+def _same_place(first: Claim, second: Claim, tree: Mapping[str, int]) -> str | None:
     """Name what both claims hold, or None."""
     if first.share[1] <= second.share[0] or second.share[1] <= first.share[0]:
         return None
     if not first.parameters or not second.parameters:
         return "the whole run" if not (first.parameters or second.parameters) else "every weight"
-    # Two names of one tied parameter are one place.
-    held = {identity.get(name, hash(name)): name for name in first.parameters}
-    for name in sorted(second.parameters):
-        if identity.get(name, hash(name)) in held:
+    held = _held(first.parameters, tree)
+    for place, name in _held(second.parameters, tree).items():
+        if place in held:
             return name
+        # Without the model, or beyond it, names meet by prefix.
+        for other in held:
+            if isinstance(place, str) and isinstance(other, str) and _meet(place, other):
+                return name
     return None
+
+
+def _held(names: Iterable[str], tree: Mapping[str, int]) -> dict[int | str, str]:
+    """Parameter objects (two names of a tied one are one), or names that are not in the tree."""
+    found: dict[int | str, str] = {}
+    for name in sorted(names):
+        inside = [n for n in tree if n == name or n.startswith(f"{name}.")]
+        for each in inside:
+            found.setdefault(tree[each], each)
+        if not inside:
+            found.setdefault(name, name)
+    return found
+
+
+def _meet(first: str, second: str) -> bool:
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
+
+
+def _claims_of(method: Method, model: nn.Module | None) -> list[Claim]:
+    claims = list(method.claims(model))
+    words = {claim.word for claim in claims}
+    implied = [IMPLIED[place] for place in method.places() if place in IMPLIED]
+    return claims + [Claim(word) for word in implied if word not in words]
 
 
 def find_clashes(
     methods: Sequence[Method], model: nn.Module | None = None
 ) -> list[tuple[Any, Any, Claim, Claim, str]]:
     """List every clashing pair as (method, method, claim, claim, place)."""
-    identity: dict[str, int] = {}
+    tree: dict[str, int] = {}
     if model is not None:
-        identity = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
-    held: list[tuple[Any, Claim]] = [
-        (method, claim) for method in methods for claim in method.claims(model)
+        tree = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    # By place in the list: one object written twice is two holders.
+    held = [
+        (order, method, claim)
+        for order, method in enumerate(methods)
+        for claim in _claims_of(method, model)
     ]
     found = []
-    for index, (second_owner, second) in enumerate(held):
-        for first_owner, first in held[:index]:
-            if first_owner is second_owner or frozenset((first.word, second.word)) not in CLASHES:
+    for index, (second_order, second_owner, second) in enumerate(held):
+        for first_order, first_owner, first in held[:index]:
+            clash = frozenset((first.word, second.word)) in CLASHES
+            if first_order == second_order or not clash:
                 continue
-            place = _same_place(first, second, identity)
+            place = _same_place(first, second, tree)
             if place:
                 found.append((first_owner, second_owner, first, second, place))
     return found

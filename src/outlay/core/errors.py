@@ -75,8 +75,9 @@ class NonFinite(OutlayError, FloatingPointError):
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return "did you mean 'x'? " for the closest spelling, or an empty string."""
-    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
-    return f"did you mean {match[0]!r}? " if match else ""
+    known = {name.casefold(): name for name in allowed}
+    match = difflib.get_close_matches(word.casefold(), list(known), n=1, cutoff=0.6)
+    return f"did you mean {known[match[0]]!r}? " if match else ""
 
 
 def require(module: str, extra: str) -> object:

@@ -7,20 +7,22 @@ checkpoint holds.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from .context import Context
 from .errors import ConfigError, Conflict, nearest
 from .losses import Batch, Objective
-from .method import Context
+from .manifest import PREFIX, manifest, origins_of, rebuild
+from .still import has_statistics, hold, release
+from .surgery import edit, moved_state
 
-PREFIX = "objective."
 _KINDS = ("hard", "soft", "held")
+Name = str | nn.Parameter
 
 
 @dataclass
@@ -29,8 +31,7 @@ class Mask:
 
     Attributes:
         keep: True where the entry lives. Shape of the parameter.
-        kind: "hard" (zero, stays zero), "soft" (zeroed once, may return) or "held" (keeps its
-            value).
+        kind: "hard" (zero, stays zero) or "held" (keeps its value).
         held: Values to go back to, for "held".
     """
 
@@ -39,6 +40,7 @@ class Mask:
     held: Tensor | None = None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the loop lends to `Live`."""
 
@@ -59,6 +61,9 @@ class Live:
     Structure changes only in `before_step`, `after_update` and `after_eval`; elsewhere a
     replaced parameter would lose its gradient without a word.
 
+    A parameter is given by its original name (before methods adapted the model), its current
+    or tied name, or as the object itself.
+
     Attributes:
         model: The adapted model.
         objective: The shaped objective.
@@ -70,6 +75,8 @@ class Live:
         touched: Names of parameters that were ever trained or written.
         masks: Masks by parameter name.
         changed: True after a structural change, until the loop has rewired itself.
+        open: False while structure may not change.
+        origins: Modules by path as assembled.
     """
 
     def __init__(
@@ -92,50 +99,66 @@ class Live:
         self.engine: Engine | None = None
         self.aliases: dict[str, str] = {}
         self.restful: dict[str, dict[str, Any]] = {}
-        self.added: dict[str, dict[str, Any]] = {}
         self.touched = {name for name, p in self.named_parameters() if p.requires_grad}
+        self.origins = origins_of(self)
 
     # ---- names -------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the model, then of the objective under `objective.`; ties once."""
-        yield from self.model.named_parameters()
+        mine = dict(self.model.named_parameters())
+        yield from mine.items()
+        known = {id(p) for p in mine.values()}
         for name, parameter in self.objective.named_parameters():
-            yield PREFIX + name, parameter
+            if id(parameter) not in known:
+                yield PREFIX + name, parameter
 
-    def resolve(self, name: str) -> str:
-        """The current name of a parameter given its current, tied or original name.
+    def every_name(self) -> dict[str, nn.Parameter]:
+        """Parameters under all their names, ties included."""
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        inner = self.objective.named_parameters(remove_duplicate=False)
+        return found | {PREFIX + name: p for name, p in inner}
+
+    def resolve(self, name: Name) -> str:
+        """The current name of a parameter.
 
         Raises:
-            ConfigError: If no parameter has that name.
+            ConfigError: If no parameter has that name, or two have it (one now, another on the
+                original model).
         """
-        name = self.aliases.get(name, name)
-        owner = self._root(name)
-        found = dict(owner.named_parameters(remove_duplicate=False)).get(self._local(name))
-        if found is None:
-            known = [n for n, _ in self.named_parameters()]
-            raise ConfigError(
-                f"no parameter {name!r}", f"{nearest(name, known)}see named_parameters"
-            )
-        return next(n for n, p in self.named_parameters() if p is found)
+        return self._at(name)[0]
 
-    def parameter(self, name: str) -> nn.Parameter:
+    def parameter(self, name: Name) -> nn.Parameter:
         """The parameter of a current, tied or original name."""
-        return dict(self.named_parameters())[self.resolve(name)]
+        return self._at(name)[1]
+
+    def _at(self, name: Name) -> tuple[str, nn.Parameter]:
+        named = dict(self.named_parameters())
+        found = name if isinstance(name, nn.Parameter) else self._lookup(name)
+        for current, parameter in named.items():
+            if parameter is found:
+                return current, parameter
+        shown = "this parameter" if isinstance(name, nn.Parameter) else f"parameter {name!r}"
+        close = "" if isinstance(name, nn.Parameter) else nearest(name, named)
+        raise ConfigError(f"the model has no {shown}", f"{close}see live.named_parameters()")
+
+    def _lookup(self, name: str) -> nn.Parameter | None:
+        every = self.every_name()
+        original, current = every.get(self.aliases.get(name, "")), every.get(name)
+        if original is not None and current is not None and original is not current:
+            raise ConfigError(
+                f"{name!r} is one parameter now and was another on the original model, which is "
+                f"now {self.aliases[name]!r}",
+                "give the parameter itself instead of its name",
+            )
+        return current if original is None else original
 
     def alias_originals(self, originals: Mapping[str, int]) -> None:
         """Remember the original name of every parameter object (name -> id)."""
         current = {id(p): n for n, p in self.named_parameters()}
         self.aliases = {n: current[i] for n, i in originals.items() if i in current}
 
-    def _root(self, name: str) -> nn.Module:
-        return self.objective if name.startswith(PREFIX) else self.model
-
-    @staticmethod
-    def _local(name: str) -> str:
-        return name.removeprefix(PREFIX)
-
-    def _holders(self, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    def holders(self, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
         """Every (module, attribute) that holds this object: ties included."""
         return [
             (module, key)
@@ -145,9 +168,10 @@ class Live:
             if value is parameter
         ]
 
-    def _slot(
+    def slot(
         self, parameter: nn.Parameter
     ) -> tuple[torch.optim.Optimizer, dict[str, Any], int] | None:
+        """Optimizer, group and place of a parameter that trains."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for index, candidate in enumerate(group["params"]):
@@ -166,12 +190,14 @@ class Live:
     # ---- changes -----------------------------------------------------------------------------
 
     def replace(
-        self, name: str, new: Tensor, state: str | Callable[[Tensor], Tensor] = "reset"
+        self, name: Name, new: Tensor, state: str | Callable[[Tensor], Tensor] = "reset"
     ) -> nn.Parameter:
         """Put a new tensor in the place of a parameter: position, ties and group are kept.
 
+        A "hard" mask of the same shape goes on holding zeros; a "held" one holds the new values.
+
         Args:
-            name: Current, tied or original name.
+            name: Which parameter.
             new: The new value; made contiguous.
             state: "keep" (same shape), "reset", or a function applied to each moment that has
                 the old parameter's shape.
@@ -181,9 +207,9 @@ class Live:
                 or the moment does not allow it.
         """
         self._structural()
-        name = self.resolve(name)
-        old = self.parameter(name)
-        if name in self.masks and self.masks[name].keep.shape != new.shape:
+        name, old = self._at(name)
+        mask = self.masks.get(name)
+        if mask is not None and mask.keep.shape != new.shape:
             raise Conflict(
                 f"{name!r} is masked and its new shape {tuple(new.shape)} does not fit the mask",
                 "lift the mask first: live.mask(name, None)",
@@ -191,11 +217,10 @@ class Live:
         fresh = nn.Parameter(
             new.detach().to(old.device).contiguous().clone(), requires_grad=old.requires_grad
         )
-        slot = self._slot(old)
-        moments: dict[str, Any] | None = None
-        if slot and state != "reset":
-            moments = self._moved(slot[0].state.get(old, {}), old, fresh, state)
-        for module, key in self._holders(old):
+        slot, rest = self.slot(old), self.restful.get(name)
+        before = slot[0].state.get(old, {}) if slot else rest["state"] if rest else {}
+        moments = {} if state == "reset" else moved_state(before, old, fresh, state)
+        for module, key in self.holders(old):
             module._parameters[key] = fresh
         if slot:
             optimizer, group, index = slot
@@ -203,107 +228,56 @@ class Live:
             optimizer.state.pop(old, None)
             if moments:
                 optimizer.state[fresh] = moments
+        elif rest:
+            rest["state"] = moments
+        if mask is not None:
+            with torch.no_grad():
+                if mask.kind == "held":
+                    mask.held = fresh.detach().clone()
+                else:
+                    fresh.mul_(mask.keep)
         self.touched.add(name)
         self.objective.replaced(old, fresh)
         return fresh
 
-    @staticmethod
-    def _moved(
-        state: Mapping[str, Any],
-        old: nn.Parameter,
-        new: nn.Parameter,
-        how: str | Callable[[Tensor], Tensor],
-    ) -> dict[str, Any]:
-        moved = {}
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                moved[key] = value
-                continue
-            if value.shape != old.shape:
-                raise Conflict(
-                    f"optimizer state {key!r} is factored: it cannot follow a replaced parameter",
-                    'use state="reset"',
-                )
-            moved[key] = value if how == "keep" else how(value)  # type: ignore[operator]
-            if moved[key].shape != new.shape:
-                raise Conflict(
-                    f"optimizer state {key!r} has shape {tuple(moved[key].shape)}, the new "
-                    f"parameter {tuple(new.shape)}",
-                    'give a function on each moment, or state="reset"',
-                )
-        return moved
-
-    def reset(self, names: Iterable[str]) -> None:
+    def reset(self, names: Iterable[Name]) -> None:
         """Drop the optimizer state of parameters."""
         for name in names:
-            slot = self._slot(self.parameter(name))
+            slot = self.slot(self.parameter(name))
             if slot:
                 slot[0].state.pop(slot[1]["params"][slot[2]], None)
 
     def edit(self, module: str, function: Callable[[nn.Module], None]) -> None:
         """Let a function change the parameters or children of one module.
 
-        New parameters join the optimizer group of those they replace. A child module that comes
-        must have `settings() -> dict` and accept it as keyword arguments, so that resume can
-        make it again.
+        New parameters join the optimizer group of the nearest one that they replace. A module
+        that comes must have `settings() -> dict` of its keyword arguments (linear layers need
+        none), so that resume can make it again. Objectives that hold a copy of the model are
+        told (`Objective.edited`).
 
         Args:
             module: Path of the module in the model.
             function: Changes it in place.
+
+        Raises:
+            Conflict: If a module that comes cannot be made again, or a masked parameter goes.
         """
         self._structural()
-        target = self.model.get_submodule(module)
-        before = dict(self.named_parameters())
-        modules = set(dict(target.named_modules()))
-        function(target)
-        for path, child in target.named_modules():
-            if path not in modules:
-                self._record(f"{module}.{path}" if module else path, child)
-        after = dict(self.named_parameters())
-        home: dict[str, Any] | None = None
-        for name, parameter in before.items():
-            if after.get(name) is not parameter and not any(p is parameter for p in after.values()):
-                slot = self._slot(parameter)
-                if slot:
-                    home = home or slot[1]
-                    slot[0].state.pop(parameter, None)
-                    del slot[1]["params"][slot[2]], slot[1]["names"][slot[2]]
-                self.masks.pop(name, None)
-        home = home or self.optimizers[0].param_groups[0]
-        for name, parameter in after.items():
-            if before.get(name) is not parameter:
-                self.touched.add(name)
-                if parameter.requires_grad:
-                    home["params"].append(parameter)
-                    home["names"].append(name)
+        edit(self, module, function)
 
-    def _record(self, path: str, child: nn.Module) -> None:
-        settings = getattr(child, "settings", None)
-        if not callable(settings):
-            raise Conflict(
-                f"{type(child).__name__} at {path!r} cannot be made again on resume",
-                "give it settings() -> dict of its keyword arguments",
-            )
-        kind = type(child)
-        self.added[path] = {
-            "class": f"{kind.__module__}:{kind.__qualname__}",
-            "settings": settings(),
-        }
-
-    def mask(self, name: str, keep: Tensor | None, kind: str = "hard") -> None:
+    def mask(self, name: Name, keep: Tensor | None, kind: str = "hard") -> None:
         """Hold entries of a parameter; None lifts the mask.
 
         Args:
-            name: Current, tied or original name.
+            name: Which parameter.
             keep: True where the entry lives. Shape of the parameter.
             kind: "hard" (zero, stays zero, moments too), "soft" (zeroed now, may return) or
                 "held" (keeps its value).
         """
-        name = self.resolve(name)
+        name, parameter = self._at(name)
         if keep is None:
             self.masks.pop(name, None)
             return
-        parameter = self.parameter(name)
         if kind not in _KINDS or keep.shape != parameter.shape:
             raise ConfigError(
                 f"mask of {name!r}: kind {kind!r}, shape {tuple(keep.shape)}",
@@ -320,14 +294,16 @@ class Live:
         else:
             self.masks[name] = Mask(keep, kind, held)
 
-    def freeze(self, names: Iterable[str], state: str = "drop") -> None:
-        """Stop training parameters; "keep" puts their optimizer state aside for `thaw`."""
+    def freeze(self, names: Iterable[Name], state: str = "drop") -> None:
+        """Stop training parameters; "keep" puts their optimizer state aside for `thaw`.
+
+        Running statistics of a normalization layer that no longer trains are held too.
+        """
         self._structural()
-        for name in map(self.resolve, list(names)):
-            parameter = self.parameter(name)
+        for name, parameter in [self._at(name) for name in names]:
             parameter.requires_grad_(False)
             parameter.grad = None
-            slot = self._slot(parameter)
+            slot = self.slot(parameter)
             if slot:
                 optimizer, group, index = slot
                 moments = dict(optimizer.state.pop(parameter, {}))
@@ -337,15 +313,22 @@ class Live:
                     "group": optimizer.param_groups.index(group),
                     "state": moments if state == "keep" else {},
                 }
+            for module, _ in self.holders(parameter):
+                trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                if has_statistics(module) and not trains:
+                    hold(module)
 
-    def thaw(self, names: Iterable[str]) -> None:
+    def thaw(self, names: Iterable[Name]) -> None:
         """Train parameters again, in the group they came from."""
         self._structural()
-        for name in map(self.resolve, list(names)):
-            parameter = self.parameter(name)
+        for name, parameter in [self._at(name) for name in names]:
             parameter.requires_grad_(True)
             self.touched.add(name)
-            if self._slot(parameter):
+            for module, _ in self.holders(parameter):
+                if has_statistics(module):
+                    release(module)
+                    module.train(self.model.training)
+            if self.slot(parameter):
                 continue
             rest = self.restful.pop(name, {"optimizer": 0, "group": 0, "state": {}})
             optimizer = self.optimizers[rest["optimizer"]]
@@ -361,7 +344,10 @@ class Live:
         self, batches: list[Batch], terms: Iterable[str] | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """{term: {name: gradient}} over a whole step and all ranks, no coefficients; charged."""
-        assert self.engine is not None, "the loop lends the engine"
+        if self.engine is None:
+            raise Conflict(
+                "there are no gradients outside a run", "ask for them in a watcher's moments"
+            )
         return self.engine.term_gradients(batches, terms)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
@@ -385,71 +371,15 @@ class Live:
             parameter.copy_(torch.where(mask.keep, parameter, mask.held))
         else:
             parameter.mul_(mask.keep)
-        slot = self._slot(parameter)
+        slot = self.slot(parameter)
         for value in (slot[0].state.get(parameter, {}) if slot else {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value.mul_(mask.keep)
 
-    # ---- the manifest from which resume rebuilds -----------------------------------------------
-
     def manifest(self) -> dict[str, Any]:
-        """Structure as JSON: names, shapes, dtypes, frozen set, masks, groups, added modules."""
-        return {
-            "parameters": {
-                name: {
-                    "shape": list(p.shape),
-                    "dtype": str(p.dtype).removeprefix("torch."),
-                    "trains": p.requires_grad,
-                }
-                for name, p in self.named_parameters()
-            },
-            "masks": {name: mask.kind for name, mask in self.masks.items()},
-            "groups": [[list(g["names"]) for g in o.param_groups] for o in self.optimizers],
-            "touched": sorted(self.touched),
-            "added": self.added,
-            "restful": {
-                n: {"optimizer": r["optimizer"], "group": r["group"]}
-                for n, r in self.restful.items()
-            },
-        }
+        """Structure as JSON, from which `rebuild` makes it again."""
+        return manifest(self)
 
-    def rebuild(self, manifest: Mapping[str, Any]) -> None:
+    def rebuild(self, facts: Mapping[str, Any]) -> None:
         """Give model and optimizer the structure of a manifest; values come afterwards."""
-        for path, made in manifest["added"].items():
-            module, _, qualname = made["class"].partition(":")
-            parent, _, leaf = path.rpartition(".")
-            kind: Any = importlib.import_module(module)
-            for part in qualname.split("."):
-                kind = getattr(kind, part)
-            setattr(self.model.get_submodule(parent), leaf, kind(**made["settings"]))
-        self.added = dict(manifest["added"])
-        wanted = manifest["parameters"]
-        for name, parameter in list(self.named_parameters()):
-            if name not in wanted:
-                for module, key in self._holders(parameter):
-                    del module._parameters[key]
-        present = dict(self.named_parameters())
-        for name, facts in wanted.items():
-            dtype = getattr(torch, facts["dtype"])
-            old = present.get(name)
-            if old is None or list(old.shape) != facts["shape"] or old.dtype != dtype:
-                fresh = nn.Parameter(torch.zeros(facts["shape"], dtype=dtype))
-                if old is None:
-                    path, _, leaf = self._local(name).rpartition(".")
-                    self._root(name).get_submodule(path).register_parameter(leaf, fresh)
-                else:
-                    for module, key in self._holders(old):
-                        module._parameters[key] = fresh
-                    self.objective.replaced(old, fresh)
-                old = fresh
-            old.requires_grad_(facts["trains"])
-        named = dict(self.named_parameters())
-        for optimizer, groups in zip(self.optimizers, manifest["groups"], strict=True):
-            optimizer.state.clear()
-            for group, names in zip(optimizer.param_groups, groups, strict=True):
-                group["params"] = [named[n] for n in names]
-                group["names"] = list(names)
-        self.touched = set(manifest["touched"])
-        self.restful = {n: {**r, "state": {}} for n, r in manifest["restful"].items()}
-        self.masks = {}
-        self.changed = True
+        rebuild(self, facts)

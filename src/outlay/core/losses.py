@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from .errors import Conflict
 
 if TYPE_CHECKING:
     from .method import Step
@@ -17,8 +19,11 @@ Batch = Mapping[str, Any]
 
 # Keys of a batch that describe its rows and are never given to the model.
 NOT_INPUTS = frozenset(
-    {"labels", "ids", "domains", "visits", "example_weights", "segment_ids", "clean", "completion"}
-)
+    {
+        "labels", "ids", "domains", "visits", "example_weights", "segment_ids", "clean",
+        "completion", "prompt", "rewards", "raw_rewards", "advantages", "log_probs",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,15 @@ class Rows:
     def loss(self) -> Tensor:
         """Sum over terms of coefficient * (sum of sums) / (sum of weights)."""
         total: Any = 0.0
-        for name, sums in self.sums.items():
-            weight = self.weights[name].sum()
-            if float(weight) > 0:
-                total = total + self.coefficients[name] * sums.sum() / weight
-        return total if isinstance(total, Tensor) else next(iter(self.sums.values())).sum() * 0
+        for name, coefficient in self.coefficients.items():
+            total = total + coefficient * self.reduced(name)
+        return total
+
+    def reduced(self, term: str) -> Tensor:
+        """(Sum of sums) / (sum of weights) of one term; 0 if it has no weight."""
+        weight = self.weights[term].sum()
+        total = self.sums[term].sum()
+        return total / weight if float(weight.detach()) > 0 else total * 0
 
     def scaled(self, factors: Tensor, term: str | None = None) -> Rows:
         """A copy with the examples of one term (the primary by default) weighted by `factors`."""
@@ -160,7 +169,13 @@ class Objective(nn.Module):
         """Moving averages and queues, after the optimizer's step."""
 
     def replaced(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """A parameter of the model was replaced; a teacher follows or refuses."""
+        """A parameter of the model was replaced; a teacher follows or refuses.
+
+        On resume this is called again before values are put back.
+        """
+
+    def edited(self, module: str, function: Callable[[nn.Module], None]) -> None:
+        """A module was edited; a copy of the model applies `function` to its own, or refuses."""
 
     def export_source(self, model: nn.Module) -> nn.Module:
         """The module that is evaluated and exported."""
@@ -203,6 +218,10 @@ class Shaped(Objective):
         """Passed to the inner objective."""
         self.inner.replaced(old, new)
 
+    def edited(self, module: str, function: Callable[[nn.Module], None]) -> None:
+        """Passed to the inner objective."""
+        self.inner.edited(module, function)
+
     def export_source(self, model: nn.Module) -> nn.Module:
         """The inner export source."""
         return self.inner.export_source(model)
@@ -225,11 +244,49 @@ def needed_rows(objective: Objective) -> tuple[str, ...]:
     return tuple(names)
 
 
-def rows_of(losses: Losses, batch: Batch, names: tuple[str, ...]) -> Rows:
+def per_example(
+    values: Tensor, batch: Batch, align: Callable[[Tensor], Tensor]
+) -> Float[Tensor, " examples"]:
+    """Sum `values` over each example: over a row, or over a segment of a packed row.
+
+    `batch["segment_ids"]` (batch, sequence) says which of `batch["ids"]` each token belongs to,
+    -1 for padding.
+
+    Raises:
+        Conflict: If rows are packed and the values are not one a position.
+    """
+    segments = batch.get("segment_ids")
+    if segments is None:
+        return values.flatten(1).sum(1) if values.dim() > 1 else values
+    owner = align(segments)
+    if values.dim() < 2 or values.shape[:2] != owner.shape:
+        raise Conflict(
+            f"a term of shape {tuple(values.shape)} cannot be told apart in packed rows of shape "
+            f"{tuple(owner.shape)}",
+            "leave packing out, or give one value a position",
+        )
+    count = len(batch["ids"])
+    flat = values.flatten(2).sum(2) if values.dim() > 2 else values
+    owner = torch.where(owner < 0, count, owner)
+    return flat.new_zeros(count + 1).index_add(0, owner.flatten(), flat.flatten())[:count]
+
+
+def rows_of(losses: Losses, batch: Batch, objective: Objective) -> Rows:
     """Per-example sums, weights and small outputs of one micro-batch."""
+    names = needed_rows(objective)
+    missing = [name for name in names if name not in losses.outputs]
+    if missing:
+        raise Conflict(
+            f"couple needs the output {missing[0]!r}, which the objective does not give",
+            f"it gives {', '.join(losses.outputs) or 'none'}; context.request asks for more",
+        )
+
+    def summed(tensor: Tensor) -> Tensor:
+        return per_example(tensor, batch, objective.align)
+
     return Rows(
-        sums={name: term.row_sums() for name, term in losses.terms.items()},
-        weights={name: term.row_weights() for name, term in losses.terms.items()},
+        sums={name: summed(term.values * term.weights) for name, term in losses.terms.items()},
+        weights={name: summed(term.weights) for name, term in losses.terms.items()},
         coefficients={name: term.coefficient for name, term in losses.terms.items()},
         primary=losses.primary,
         outputs={name: losses.outputs[name] for name in names},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ class Meter:
         totals: steps, micro_batches, tokens, examples, flops, seconds, plus
             `parameter_updates`: trainable parameters summed over steps (updates, not bytes).
         charges: Extra work by name, each a dict of the same units (teacher, scoring, tuning).
+        facts: Numbers that do not grow, as the count of trainable parameters.
+        clocked: True while a step is timed as a whole: extra seconds are in it already.
     """
 
     def __init__(self) -> None:
@@ -26,6 +30,9 @@ class Meter:
         self.totals |= {"micro_batches": 0, "parameter_updates": 0}
         self.charges: dict[str, dict[str, float]] = {}
         self.facts: dict[str, float] = {}
+        self.clocked = False
+        self.labels: list[str] = []
+        self.counting = False
 
     def add(self, **amounts: float) -> None:
         """Add to the totals."""
@@ -37,8 +44,27 @@ class Meter:
         entry = self.charges.setdefault(name, {})
         for key, amount in amounts.items():
             entry[key] = entry.get(key, 0) + amount
-            if key in ("flops", "seconds"):
+            if key == "flops" or (key == "seconds" and not self.clocked):
                 self.totals[key] += amount
+
+    @contextlib.contextmanager
+    def under(self, name: str) -> Iterator[None]:
+        """Charge what runs inside under a name of its own: teachers, scoring, rollouts.
+
+        Inside an objective the FLOPs are looked up with those of the step; elsewhere they are
+        counted on the spot.
+        """
+        if self.counting:
+            self.labels.append(name)
+            try:
+                yield
+            finally:
+                self.labels.pop()
+            return
+        started = time.perf_counter()
+        with FlopCounter() as counter:
+            yield
+        self.charge(name, flops=counter.total, seconds=time.perf_counter() - started)
 
     def spent(self, budget: Budget) -> float:
         """Amount of the budget's unit that is spent so far."""
@@ -102,14 +128,23 @@ def _formula(packet: Any) -> Callable[..., int] | None:
 class FlopCounter(TorchDispatchMode):
     """Counts multiply-adds as 2 FLOPs over everything run inside, backward included.
 
+    Args:
+        meter: Its innermost `under` names what the work is for.
+
     Attributes:
-        total: FLOPs so far.
+        by_name: FLOPs by name; "" is work without a name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Meter | None = None) -> None:
         super().__init__()
-        self.total = 0
+        self.meter = meter
+        self.by_name: dict[str, int] = {"": 0}
         self._formulas: dict[Any, Callable[..., int] | None] = {}
+
+    @property
+    def total(self) -> int:
+        """FLOPs so far."""
+        return sum(self.by_name.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -118,7 +153,9 @@ class FlopCounter(TorchDispatchMode):
             self._formulas[packet] = _formula(packet)
         formula = self._formulas[packet]
         if formula is not None:
-            self.total += int(formula(*args, **(kwargs or {}), out_val=out))
+            name = self.meter.labels[-1] if self.meter and self.meter.labels else ""
+            amount = int(formula(*args, **(kwargs or {}), out_val=out))
+            self.by_name[name] = self.by_name.get(name, 0) + amount
         return out
 
 
@@ -126,13 +163,27 @@ class FlopTable:
     """FLOPs by shape: measured the first time a shape is met, looked up afterwards."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
+        self.known: dict[Any, dict[str, int]] = {}
 
-    def run(self, key: Any, function: Callable[[], Any]) -> tuple[Any, int]:
-        """Call `function`, counting only if the key is new; return its value and the FLOPs."""
-        if key in self.known:
-            return function(), self.known[key]
-        with FlopCounter() as counter:
-            value = function()
-        self.known[key] = counter.total
-        return value, counter.total
+    def run(self, key: Any, function: Callable[[], Any], meter: Meter) -> tuple[Any, int]:
+        """Call `function`, counting only if the key is new.
+
+        What ran under a name of its own (`Meter.under`) is charged to the meter.
+
+        Returns:
+            The function's value and the FLOPs without a name.
+        """
+        outer, meter.counting = meter.counting, True
+        try:
+            if key in self.known:
+                value = function()
+            else:
+                with FlopCounter(meter) as counter:
+                    value = function()
+                self.known[key] = counter.by_name
+        finally:
+            meter.counting = outer
+        for name, amount in self.known[key].items():
+            if name:
+                meter.charge(name, flops=amount)
+        return value, self.known[key][""]

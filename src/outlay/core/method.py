@@ -9,143 +9,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from . import callspec
-from .budget import Budget
 from .card import Card
 from .claims import Claim
+from .context import Context, Draw, Example, Seen, Step, generator_of, seed_of
 from .errors import ConfigError
-from .meter import Meter
+from .watcher import Watcher, Weighting, mix_rewards
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from .live import Live
     from .losses import Batch, Objective
-
-Example = dict[str, Any]
-Draw = Callable[[Example, str], torch.Generator]
-
-
-def seed_of(*parts: Any) -> int:
-    """A 63-bit seed from any printable parts, equal on every machine and in every process."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def generator_of(*parts: Any) -> torch.Generator:
-    """A CPU generator seeded by `seed_of(*parts)`."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where a run is.
-
-    Attributes:
-        index: Optimizer steps taken before this one.
-        share: Share of the budget spent when the step was drawn, in [0, 1].
-        seed: The run's seed.
-        micro: Index of the micro-batch within the step.
-        total: Steps that the budget is expected to give.
-    """
-
-    index: int
-    share: float
-    seed: int
-    micro: int = 0
-    total: int = 0
-
-    def generator(self, name: str) -> torch.Generator:
-        """A generator of this step's own, by stream name."""
-        return generator_of(self.seed, "step", name, self.index)
-
-
-@dataclass
-class Seen:
-    """What a step saw, detached: the primary term before anyone shaped it.
-
-    Attributes:
-        values: Mean nats of each example. Shape (examples,).
-        weights: Weight of each example. Shape (examples,).
-        ids: Id of each example.
-        domains: Domain of each example.
-        loss: The reduced loss that was optimized, nats.
-        gradient_norm: Norm over all trainable parameters before clipping.
-    """
-
-    values: Tensor
-    weights: Tensor
-    ids: tuple[Any, ...]
-    domains: tuple[Any, ...]
-    loss: float
-    gradient_norm: float = float("nan")
-
-
-@dataclass
-class Context:
-    """Facts and services that a run offers to methods; never live training objects.
-
-    Attributes:
-        budget: What ends the run.
-        meter: Where extra work is charged.
-        total_steps: Optimizer steps that the budget is expected to give; None if unknown.
-        seed: The run's seed.
-        device: Where the model runs.
-        tokenizer: The run's one tokenizer, or None.
-        pool: Training examples as `OnData` methods left them, or None.
-        requests: Outputs that somebody asked the base objective for.
-    """
-
-    budget: Budget = field(default_factory=lambda: Budget(1, "steps"))
-    meter: Meter = field(default_factory=Meter)
-    total_steps: int | None = None
-    seed: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tokenizer: Any = None
-    pool: Any = None
-    requests: set[str] = field(default_factory=set)
-    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    loader: Callable[[str], nn.Module] | None = None
-    freezes: bool = False
-
-    def generator(self, name: str) -> torch.Generator:
-        """A fresh generator seeded by (seed, name)."""
-        return generator_of(self.seed, "context", name)
-
-    def sample(self, count: int) -> list[Example]:
-        """The first `count` training examples of the pool's order, charged as "sample"."""
-        if self.pool is None:
-            raise ConfigError("no pool to sample from", "call this inside a run")
-        examples = self.pool.peek(count)
-        self.meter.charge("sample", examples=len(examples))
-        return examples
-
-    def request(self, output: str) -> None:
-        """Ask the base objective for an output, for example "hidden:-1"."""
-        self.requests.add(output)
-
-    def load(self, reference: str) -> nn.Module:
-        """Load `original`, `stage:x`, a path or an asset: frozen, eval, outside the checkpoint."""
-        if self.loader is None:
-            raise ConfigError(f"cannot load {reference!r} outside a run", "call this inside a run")
-        model = self.loader(reference)
-        model.requires_grad_(False)
-        return model.eval()
-
-    def once(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of a pass that is made once, kept in the checkpoint and charged once."""
-        if key not in self.kept:
-            self.kept[key] = compute()
-        return self.kept[key]
 
 
 @dataclass(frozen=True)
@@ -168,12 +51,38 @@ class ParameterGroup:
 def _freeze(value: Any) -> Any:
     """Sequences to tuples, maps to sorted tuples of pairs: settings are hashable."""
     if isinstance(value, Mapping):
-        return tuple(sorted((key, _freeze(item)) for key, item in value.items()))
+        return tuple(sorted(((k, _freeze(v)) for k, v in value.items()), key=_order))
     if isinstance(value, (list, tuple)):
         return tuple(_freeze(item) for item in value)
     if isinstance(value, (set, frozenset)):
-        return tuple(sorted(_freeze(item) for item in value))
+        return tuple(sorted((_freeze(item) for item in value), key=_order))
     return value
+
+
+def _order(value: Any) -> tuple[str, Any]:
+    """A sort key that keeps numbers in order and never compares unlike things."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    plain = isinstance(first, (int, float)) and not isinstance(first, bool)
+    return ("", first) if plain else (f"{type(first).__name__} {first!r}", 0)
+
+
+def _checked(adapter: Any, given: Any) -> Any:
+    """The first form of a value that its annotation allows, hashable."""
+    from pydantic import ValidationError
+
+    try:
+        return _freeze(adapter.validate_python(_freeze(given)))
+    except ValidationError as error:
+        # An annotation that wants a map or a set alone gets one; the setting stays hashable.
+        kinds = {detail["type"] for detail in error.errors()}
+        if not kinds <= {"dict_type", "mapping_type", "set_type", "frozen_set_type"}:
+            raise
+        wants_map = kinds & {"dict_type", "mapping_type"}
+        try:
+            given = dict(given) if wants_map else given
+        except (TypeError, ValueError):
+            raise error from None
+        return _freeze(adapter.validate_python(given))
 
 
 @functools.cache
@@ -202,13 +111,13 @@ class Method(ABC):
         from pydantic import ValidationError
 
         for name, adapter in _adapters(type(self)).items():
-            value = _freeze(getattr(self, name))
+            value = getattr(self, name)
             try:
-                value = adapter.validate_python(value)
+                value = _checked(adapter, value)
             except ValidationError as error:
                 reason = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()[:3]))
                 raise ConfigError(
-                    f"{self.card.name}.{name} = {value!r} is not allowed",
+                    f"{self.card.name}.{name} = {callspec.shown(value)} is not allowed",
                     reason[:1].lower() + reason[1:].replace("\n", " "),
                 ) from None
             object.__setattr__(self, name, value)
@@ -248,6 +157,27 @@ class Method(ABC):
         return ()
 
 
+class FittedSelector(ABC):
+    """What a selector learned: scores examples, chooses from pools, and lives on disk."""
+
+    @abstractmethod
+    def score(self, examples: Sequence[Example]) -> Tensor:
+        """One score an example, higher is kept first. Shape (examples,)."""
+
+    @abstractmethod
+    def select(self, pool: Any) -> Any:
+        """From a pool to a pool."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write safetensors and JSON."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path) -> FittedSelector:
+        """Read what `save` wrote."""
+
+
 class OnData(Method):
     """Chooses, orders or weighs the training examples."""
 
@@ -255,8 +185,8 @@ class OnData(Method):
     def select(self, pool: Any, context: Context | None = None) -> Any:
         """From a pool to a pool."""
 
-    def fit(self, pool: Any, context: Context | None = None) -> Any:
-        """Learn a selector from the pool; the result has score, select, save and load."""
+    def fit(self, pool: Any, context: Context | None = None) -> FittedSelector:
+        """Learn a selector from the pool; the settings stay frozen."""
         raise ConfigError(f"{self.card.name!r} learns nothing", "call select")
 
 
@@ -338,52 +268,9 @@ PLACES: tuple[type[Method], ...] = (
     OnData, OnBatch, OnModel, OnObjective, OnOptimizer, OnSchedule, OnStep, OnReward,
 )  # fmt: skip
 
-
-class Watcher:
-    """Moments of a run, all of them no-ops. State is tensors and JSON only.
-
-    Structure may change (through `live`) in `before_step`, `after_update` and `after_eval`.
-    A watcher never keeps a parameter object.
-    """
-
-    def before_step(self, step: Step) -> None:
-        """Before the step's batches are drawn."""
-
-    def before_forward(self, step: Step, batches: list[Batch]) -> None:
-        """After drawing, before the first forward."""
-
-    def after_backward(self, step: Step, seen: Seen) -> None:
-        """Gradients are complete, reduced over ranks and clipped."""
-
-    def after_update(self, step: Step) -> None:
-        """After the optimizer's step, before gradients are cleared."""
-
-    def before_eval(self) -> None:
-        """Before an evaluation."""
-
-    def after_eval(self, split: str, metrics: Mapping[str, float]) -> None:
-        """After an evaluation of one split."""
-
-    def may_stop(self, step: Step) -> bool:
-        """False while stopping early would break the method's schedule."""
-        return True
-
-    def close(self) -> None:
-        """The run ended."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and JSON values by name."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-
-
-class Weighting(Watcher):
-    """A watcher that gives reward weights."""
-
-    def weights(
-        self, step: Step, rewards: Mapping[str, Tensor], gradients: Callable[[], Any] | None = None
-    ) -> Mapping[str, float]:
-        """Weight of each reward, once a step, after each reward's own normalization."""
-        raise NotImplementedError
+__all__ = [
+    "PLACES", "Context", "Draw", "Example", "FittedSelector", "Method", "OnBatch", "OnData",
+    "OnModel", "OnObjective", "OnOptimizer", "OnReward", "OnSchedule", "OnStep",
+    "ParameterGroup", "Seen", "Step", "Watcher", "Weighting", "generator_of", "mix_rewards",
+    "seed_of",
+]  # fmt: skip

@@ -52,7 +52,13 @@ class Entry:
 def _cards(path: Path, module: str, kind: str) -> list[Entry]:
     """Entries of one source file: classes with `card ... = Card(<literals>)`."""
     entries = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read methods from {module!r} ({error})", "repair or uninstall its package"
+        ) from None
+    for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
         for line in node.body:
@@ -61,10 +67,17 @@ def _cards(path: Path, module: str, kind: str) -> list[Entry]:
                 continue
             value = line.value  # type: ignore[union-attr]
             if isinstance(value, ast.Call):
-                facts = {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
-                bases = {b.id for b in node.bases if isinstance(b, ast.Name)}
+                try:
+                    facts = {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
+                    card = Card(**facts)
+                except (ValueError, TypeError) as error:
+                    raise ConfigError(
+                        f"the card of {module}.{node.name} cannot be read ({error})",
+                        "write it as literals, with a name and a title",
+                    ) from None
+                bases = {ast.unparse(b).rpartition(".")[2] for b in node.bases}
                 places = tuple(place for place in PLACE_NAMES if place in bases)
-                entries.append(Entry(Card(**facts), module, node.name, places, path, kind))
+                entries.append(Entry(card, module, node.name, places, path, kind))
     return entries
 
 
@@ -89,7 +102,10 @@ def entries() -> dict[str, Entry]:
     found = [entry for source in _sources() for entry in _cards(*source)]
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         module, _, qualname = point.value.partition(":")
-        spec = importlib.util.find_spec(module)
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or spec.origin is None:
             raise ConfigError(
                 f"entry point {point.name!r} names a missing module {module!r}",

@@ -347,6 +347,15 @@ class _Unwrapped(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_model"), name)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The model's own: the head is found among them."""
+        return self._model.named_children()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The plain output embedding, adapted or not."""
+        found = getattr(self._model, "get_output_embeddings", lambda: None)()
+        return found if found is None else plain_layer(found)
+
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
         """Modules by original path, wrappers and what they hold beside the base left out."""
         inside: dict[str, str] = {}

@@ -41,6 +41,7 @@ from .adapted import (
     unwrap_adapters,
     wraps,
 )
+from .placement import moved
 from .targets import head_modules, linear_shape, match_modules
 
 
@@ -179,8 +180,13 @@ def insert_deltas(
     for name in deltas:
         wrapper = wrappers.get(id(modules[name]))
         if wrapper is not None and adapter_name in wrapper.deltas:
+            there, new = (
+                "" if owner is None else f"{owner.card.name!r} "
+                for owner in (wrapper.methods.get(adapter_name), method)
+            )
             raise Conflict(
-                f"layer {name!r} already has an adapter named {adapter_name!r}",
+                f"layer {name!r} already has an adapter {there}named {adapter_name!r}, and "
+                f"another {new}takes that name",
                 "give one of them another adapter_name",
             )
     for name, delta in deltas.items():
@@ -193,7 +199,7 @@ def insert_deltas(
         if freeze:
             layer.requires_grad_(False)
         wrapper.unmerge()
-        wrapper.deltas[adapter_name] = delta.to(base_device(layer)).train(layer.training)
+        wrapper.deltas[adapter_name] = moved(delta, base_device(layer)).train(layer.training)
         wrapper.methods[adapter_name] = method
         wrapper.active = (*wrapper.active, adapter_name)
     leave_fast_path(model)

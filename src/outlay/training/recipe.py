@@ -7,6 +7,7 @@ value, what is allowed and the nearest right spelling.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -348,7 +349,10 @@ class Recipe(Spec):
             if isinstance(value, str):
                 fields[key] = kind.model_validate({_source_kind(value): value})
             elif isinstance(value, Mapping):
-                fields[key] = kind.model_validate(dict(value))
+                try:
+                    fields[key] = kind.model_validate(dict(value))
+                except ValidationError as error:
+                    raise _refusal(error, kind, key) from None
         return fields
 
     @model_validator(mode="after")
@@ -418,8 +422,13 @@ class Recipe(Spec):
         return head + yaml.safe_dump(self.written(), sort_keys=False, allow_unicode=True)
 
     @classmethod
-    def from_yaml(cls, text: str, source: str = "recipe") -> Recipe:
+    def from_yaml(cls, text: str, source: str = "recipe", base: Path | None = None) -> Recipe:
         """Read a recipe; nothing but plain YAML values is accepted.
+
+        Args:
+            text: YAML.
+            source: What errors call it.
+            base: Folder that relative paths start from; they become absolute.
 
         Raises:
             ConfigError: Broken YAML, unknown keys, wrong types or impossible values.
@@ -436,6 +445,8 @@ class Recipe(Spec):
             raise ConfigError(
                 f"{source} holds no mapping of fields", "`outlay recipe copy` writes one that works"
             )
+        if base is not None:
+            fields = _anchored(fields, base)
         return cls(**{str(key): value for key, value in fields.items()})
 
     @classmethod
@@ -448,7 +459,7 @@ class Recipe(Spec):
             raise ConfigError(
                 f"cannot read recipe {str(path)!r} ({type(error).__name__})", "give a YAML file"
             ) from None
-        return cls.from_yaml(text, str(path))
+        return cls.from_yaml(text, str(path), path.parent)
 
     def changed(self, settings: Mapping[str, Any]) -> Recipe:
         """A copy with dotted settings changed: `{"optimizer.lr": 1e-3}`.
@@ -486,6 +497,34 @@ def _source_kind(value: str) -> str:
     return "path" if "/" in value or "." in value or Path(value).exists() else "asset"
 
 
+_PATHS = {"model": ("path",), "data": ("path", "validation", "test")}
+
+
+def _anchored(fields: dict[Any, Any], base: Path) -> dict[Any, Any]:
+    """A recipe's fields with relative paths made absolute; anything else is left as it is."""
+
+    def absolute(text: Any) -> Any:
+        plain = isinstance(text, str) and text
+        return os.path.abspath(base / Path(text).expanduser()) if plain else text
+
+    fields = dict(fields)
+    for part, names in _PATHS.items():
+        value = fields.get(part)
+        if isinstance(value, str) and ("/" in value or "." in value or (base / value).exists()):
+            fields[part] = absolute(value)
+        elif isinstance(value, dict):
+            fields[part] = {k: absolute(v) if k in names else v for k, v in value.items()}
+    tokenizer = fields["model"].get("tokenizer") if isinstance(fields.get("model"), dict) else None
+    if isinstance(tokenizer, str) and (base / tokenizer).is_dir():
+        fields["model"]["tokenizer"] = absolute(tokenizer)
+    if isinstance(fields.get("stages"), list):
+        fields["stages"] = [
+            _anchored(stage, base) if isinstance(stage, dict) else stage
+            for stage in fields["stages"]
+        ]
+    return fields
+
+
 def _compact(value: Any) -> Any:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
@@ -497,10 +536,11 @@ def _differs(key: str, value: Any) -> bool:
     return value != field.get_default(call_default_factory=True)  # type: ignore[call-arg]
 
 
-def _refusal(error: ValidationError, root: type[BaseModel]) -> ConfigError:
+def _refusal(error: ValidationError, root: type[BaseModel], inside: str = "") -> ConfigError:
     """The first problem as two lines: path, value and what is allowed."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
+    path = [inside, *path] if inside else path
     place = ".".join(path) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _known(root, path[:-1])

@@ -78,10 +78,10 @@ class Allocation(Watcher):
         held = list(self.deltas.values())
         self.scores = UnitScores(held, parts, method.beta1, method.beta2, method.importance)
         prices = [d.a.shape[1] + d.b.shape[0] if method.cost == "params" else 1 for d in held]
-        self.costs = torch.tensor(prices, dtype=torch.float64).repeat_interleave(
-            torch.tensor(self.scores.counts)
-        )
-        self.start = float(self.costs.sum())
+        # In plain numbers: a plan assembles the run on tensors without values.
+        units = [price for price, count in zip(prices, self.scores.counts) for _ in range(count)]
+        self.costs = torch.tensor(units, dtype=torch.float64)
+        self.start = float(sum(units))
         self.end = float(method.target_r * sum(prices))
         self.calls = self.allocations = 0
         self.fixed = False

@@ -1,0 +1,100 @@
+"""`export`: a finished run as a plain transformers folder, or as an adapter folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import screen
+from .inputs import free_place, run_folder
+from .options import AsJson, Debug, Device, Force, Quiet, RunFolder, Threads
+from .progress import progress_for
+
+
+class Format(str, Enum):  # noqa: UP042 - Typer shows the values of a str Enum
+    """What is written."""
+
+    transformers = "transformers"
+    peft = "peft"
+
+
+Target = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")]
+Kind = Annotated[
+    Format,
+    typer.Option(
+        "--format",
+        case_sensitive=False,
+        help="transformers: the whole model, methods merged, with tokenizer and label names. "
+        "peft: the adapter alone.",
+    ),
+]
+
+
+def export(
+    run: RunFolder,
+    out: Target,
+    form: Kind = Format.transformers,
+    force: Force = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a finished run's model where other programs can load it."""
+    folder = run_folder(run)
+    free_place(out, force)
+    with progress_for(quiet).waiting("exporting"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        from ..training.finished import open_run
+
+        finished = open_run(folder, device=device, threads=threads)
+        if form is Format.transformers:
+            kind = write_folder(out, finished.save_model)
+        else:
+            from ..bridges.peft_runs import save_run_adapter
+
+            kind = write_folder(out, lambda draft: save_run_adapter(finished, draft))
+    for text in dict.fromkeys(str(warning.message) for warning in told):
+        screen.note(f"note: {' '.join(text.split())}", quiet)
+    files = sorted(p.name for p in out.iterdir())
+    if as_json:
+        screen.put_json(
+            {"run": folder.name, "out": str(out), "format": form.value, "kind": kind,
+             "files": files}
+        )  # fmt: skip
+    elif not quiet:
+        typer.echo(f"wrote {out}: {', '.join(files)}")
+
+
+def write_folder(target: Path, write: Callable[[Path], str]) -> str:
+    """Have a folder written beside its place, then put it there: whole or not at all."""
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    draft.chmod(0o777 & ~umask)
+    old = None
+    try:
+        said = write(draft)
+        if target.exists():
+            old = draft.with_name(f"{draft.name}-old")
+            os.replace(target, old)
+        os.replace(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        if old is not None and old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return said

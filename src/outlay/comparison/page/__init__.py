@@ -1,0 +1,1 @@
+"""The parts of a report: tables, figures, curves, and the files beside the page."""

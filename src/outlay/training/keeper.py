@@ -1,0 +1,193 @@
+"""What happens between the steps of a stage: log, show, evaluate, keep the best, save, stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from ..core.errors import CheckpointError
+from ..core.meter import Meter
+from ..core.method import Step
+from . import checkpoint
+from .assemble import Assembly
+from .evaluate import evaluate, main_metric
+from .log import Log
+from .tokens import token_bytes
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """What shows a run while it goes."""
+
+    def stage(self, name: str, budget: Budget, meter: Meter) -> None:
+        """A stage begins or goes on."""
+        ...
+
+    def step(self, step: Step, values: dict[str, Any], meter: Meter) -> None:
+        """A step was taken."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, name: str, budget: Budget, meter: Meter) -> None:
+        """Nothing."""
+
+    def step(self, step: Step, values: dict[str, Any], meter: Meter) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+class Keeper:
+    """What happens between the steps of a stage: log, evaluate, keep the best, save, stop."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        store: checkpoint.Checkpoints,
+        labels: Any,
+        progress: Progress,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        self.assembly, self.store, self.labels = assembly, store, labels
+        self.progress, self.asked_to_stop = progress, asked_to_stop
+        self.recipe, self.meter = assembly.recipe, assembly.context.meter
+        self.log: Log = Log(None)
+        self.best: float | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self.since_best = 0
+        self.stopped = False
+        assembly.loop.marks = checkpoint.buffer_marks(assembly.model, assembly.objective)
+        self.metric, self.higher = main_metric(self.recipe.task, self.recipe.evaluate.metric)
+        self.items: dict[str, dict[str, list[Any]]] = {}
+        of_tokens = self.recipe.task in ("causal-language-modeling", "sequence-to-sequence")
+        self._bytes = token_bytes(assembly.tokenizer) if of_tokens else None
+
+    def on_step(self, step: Step, values: dict[str, Any]) -> None:
+        """Log and show."""
+        if step.index % self.recipe.every.log == 0:
+            spent = {
+                key: self.meter.totals[key] for key in ("tokens", "examples", "flops", "seconds")
+            }
+            self.log.log(values | spent, step.index)
+        self.progress.step(step, values, self.meter)
+
+    def after_step(self, step: Step) -> bool:
+        """Evaluate, save; True to stop."""
+        every, taken = self.recipe.every, step.index + 1
+        over = self.meter.spent(self.recipe.budget) >= self.recipe.budget.amount
+        stop = False
+        if every.evaluate and (taken % every.evaluate == 0 or over):
+            stop = self.stopped = self._evaluated(step)
+        stop = stop or self.asked_to_stop()
+        due = every.save and taken % every.save == 0
+        if due or (self.asked_to_stop() and not over):
+            self.save()
+        return stop
+
+    def _evaluated(self, step: Step) -> bool:
+        metrics = self.assembly.loop.evaluating("validation", lambda: self.measure("validation"))
+        self.log.log({f"validation/{k}": v for k, v in metrics.items()}, step.index)
+        value = metrics[self.metric]
+        if self.best is None or (value > self.best if self.higher else value < self.best):
+            self.best, self.since_best = value, 0
+            if self.recipe.evaluate.keep_best:
+                named = dict(self.assembly.live.named_parameters())
+                self.best_weights = {
+                    n: named[n].detach().clone() for n in self.assembly.live.touched if n in named
+                }
+        else:
+            self.since_best += 1
+        patience = self.recipe.evaluate.patience
+        return bool(patience and self.since_best >= patience and self.assembly.loop.may_stop(step))
+
+    def measure(self, split: str) -> dict[str, float]:
+        """Metrics of one split; costs are not charged."""
+        assembly = self.assembly
+        source = assembly.objective.export_source(assembly.model)
+        found = evaluate(
+            source,
+            assembly.plain,
+            assembly.batches(split),
+            self.recipe.task,
+            self.labels,
+            around=assembly.loop.gradients.bound,
+            token_bytes=self._bytes,
+        )
+        self.items[split] = found.table
+        return found.metrics
+
+    def measure_all(self) -> dict[str, float]:
+        """Metrics of every split that the recipe names, as `split/metric`."""
+        return {
+            f"{split}/{name}": value
+            for split in self.recipe.evaluate.splits
+            if self.assembly.splits.get(split)
+            for name, value in self.measure(split).items()
+        }
+
+    def finish(self) -> None:
+        """Put the best weights in place if the recipe keeps them."""
+        if self.best_weights:
+            named = dict(self.assembly.live.named_parameters())
+            with torch.no_grad():
+                for name, value in self.best_weights.items():
+                    named[name].copy_(value)
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """The last act of a step."""
+        loop = self.assembly.loop
+        self.log.flush()
+        tree = {
+            **checkpoint.capture(self.assembly.live, loop.marks),
+            "watchers": [watcher.state_dict() for watcher in self.assembly.watchers],
+            "pool": self.assembly.live.pool.state_dict(),
+            "drawer": {"consumed": loop.drawer.consumed, "counts": loop.drawer.counts},
+            "meter": self.meter.state_dict(),
+            "kept": self.assembly.context.kept,
+            "best": {
+                "value": self.best, "weights": self.best_weights, "since": self.since_best,
+                "stopped": self.stopped,
+            },
+            "threads": torch.get_num_threads(),
+            "device": self.assembly.loop.backend.device.type,
+        }  # fmt: skip
+        self.store.save(int(self.meter.totals["steps"]), tree)
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: If the thread count differs, which changes bits.
+        """
+        if tree["device"] == "cpu" and tree["threads"] != torch.get_num_threads():
+            raise CheckpointError(
+                f"the checkpoint was made with {tree['threads']} threads, now there are "
+                f"{torch.get_num_threads()}: the bits would differ",
+                f"give --threads {tree['threads']}",
+            )
+        assembly = self.assembly
+        checkpoint.restore(assembly.live, tree)
+        self.meter.load_state_dict(tree["meter"])
+        assembly.live.pool.load_state_dict(tree["pool"])
+        assembly.loop.drawer.start_from(tree["drawer"]["consumed"], tree["drawer"]["counts"])
+        for watcher, state in zip(assembly.watchers, tree["watchers"], strict=True):
+            watcher.load_state_dict(state)
+        best = tree["best"]
+        self.best, self.best_weights = best["value"], dict(best["weights"])
+        self.since_best = best["since"]
+        # A kill after the decision to stop early must not train on.
+        self.stopped = assembly.loop.stopped = best["stopped"]

@@ -1,0 +1,91 @@
+"""Canonical small settings of every method: what conformance, resume and pairs run over.
+
+A method of the registry without a row here fails a test; a row brings every check at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "adalora": (
+        "adalora(init_r=4, target_r=2, dropout=0.1)",
+        "adalora(init_r=4, target_r=2, cost='params', compact_final=True, orth_norm='squared_sum')",
+        "adalora(init_r=3, target_r=1, units='doublets', gamma=0.0, importance='sensitivity')",
+        "adalora(init_r=3, target_r=2, importance='magnitude', every=2)",
+    ),
+    "bone": (
+        "bone(r=4, dropout=0.1)",
+        "bone(r=4, variant='mini', mini_r=8)",
+        "bone(r=8, variant='bat')",
+        "bone(r=8, variant='bat', bat_axis='col')",
+    ),
+    "lamda": (
+        "lamda(r=4)",
+        "lamda(r=4, init='svd_zero', freeze_fraction=0.0)",
+        "lamda(r=4, init='code', freeze_fraction=0.6)",
+        "lamda(r=4, allocate='energy_threshold', freeze_fraction=0.5)",
+    ),
+    "svfit": (
+        "svfit",
+        "svfit(rank=6, parameterisation='relative')",
+        "svfit(rank=6, parameterisation='softplus', hold='both')",
+        "svfit(rank=('energy', 0.5))",
+        "svfit(rank=4, basis='random')",
+    ),
+    "peft": (
+        "peft(type='LORA', r=4, lora_dropout=0.1)",
+        "peft(type='LORA', r=4, use_dora=True)",
+        "peft(type='VERA', r=8)",
+        "peft(type='ADALORA', init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1)",
+    ),
+    "probe": ("probe",),
+    "full": ("full", "full(layers_to_transform=(1,))"),
+}
+
+# Rows whose first forward pass is not the base model's. None so far.
+MOVES_AT_START: frozenset[str] = frozenset()
+
+# Rows that have nothing to train on some shapes: there is no head of the task's own.
+HEADS_ONLY: frozenset[str] = frozenset({"probe"})
+
+# Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
+# first, and the size at equal ranks, which pay the same price, for the second.
+BY_WEIGHTS: frozenset[str] = frozenset(
+    {
+        "svfit(rank=('energy', 0.5))",
+        "lamda(r=4, allocate='energy_threshold', freeze_fraction=0.5)",
+    }
+)
+
+# A stand-in of every way of changing a layer: pairs are formed of these.
+PAIRED: dict[str, tuple[str, ...]] = {
+    "bone": ("bone(r=4)", "bone(r=8, variant='bat')"),
+    "peft": ("peft(type='LORA', r=4)", "peft(type='LORA', r=4, use_dora=True)"),
+}
+
+
+def specs() -> list[str]:
+    return [spec for rows in ROWS.values() for spec in rows]
+
+
+def representatives() -> list[str]:
+    """One row a method, and one more where variants claim different things."""
+    return [spec for name, rows in ROWS.items() for spec in PAIRED.get(name, rows[:1])]
+
+
+def on_shapes(shapes: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """(shape, row, slow): every row on every shape that it can train.
+
+    Quick are all rows on the first shape, every method on every shape, and each further row on
+    one more shape in turn.
+    """
+    found, turn = [], 0
+    for rows in ROWS.values():
+        for index, spec in enumerate(rows):
+            turn += index > 0
+            for place, shape in enumerate(shapes):
+                quick = index == 0 or place == 0 or place == 1 + turn % (len(shapes) - 1)
+                if place == 0 or spec not in HEADS_ONLY:
+                    found.append((shape, spec, not quick))
+    return found
