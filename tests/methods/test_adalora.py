@@ -356,12 +356,6 @@ def test_no_effect_if_never_allocated():
         parts[3].close()
 
 
-def test_a_run_that_ends_early_says_so():
-    parts = run(llama(layers=1), AdaLora(warmup_share=0.1, final_share=0.2), 10, stop=4)
-    with pytest.warns(UserWarning, match="before ranks were fixed"):
-        parts[3].close()
-
-
 def test_never_prune_is_legal():
     method = AdaLora(init_r=3, target_r=3)
     model, _, _, watcher = run(llama(), method, 10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,12 +178,6 @@ class Allocation(Watcher):
             raise NoEffect(
                 f"adalora never allocated in {self.calls} steps: ranks stayed at init_r",
                 "make warmup_share or `every` smaller, or the budget longer",
-            )
-        if not self.fixed:
-            warnings.warn(
-                f"adalora's run ended before ranks were fixed: {self.last['rank']:.0f} units are "
-                "alive, which may be more than target_r",
-                stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, Any]:
