@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -22,7 +21,7 @@ class TunedLogisticRegression:
         """Rows as a numeric matrix; with `fit`, learn how from them."""
         raise NotImplementedError
 
-    def fit(self, rows: Any, labels: Sequence[Any], validation: tuple[Any, Sequence[Any]]) -> Any:
+    def fit(self, rows: Any, labels: Any, validation: tuple[Any, Any]) -> Any:
         """Fit on training rows, choosing the strength on the validation rows.
 
         Args:
