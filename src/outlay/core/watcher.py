@@ -47,7 +47,7 @@ class Watcher:
         return True
 
     def close(self) -> None:
-        """The run ended."""
+        """The run ended by itself: budget spent or stopped early, not paused, not failed."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values by name."""

@@ -35,7 +35,7 @@ _NOTE = (
     "Learning rates were not tuned here; they are fixed from a validation grid that was equal "
     "for every arm."
 )
-_GRID = {"optimizer.lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+_GRID = {"optimizer.lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
 
 SUGGESTIONS: dict[str, Suggestion] = {
     "minilm-questions": Suggestion(
@@ -43,9 +43,9 @@ SUGGESTIONS: dict[str, Suggestion] = {
             "probe=feature_probe",
             "tfidf=tfidf_logistic_regression",
             f"lora={_LORA} @ optimizer.lr=3e-3",
-            f"adalora=adalora(init_r=12, target_r=8, {_TOP}) @ optimizer.lr=1e-2",
+            f"adalora=adalora(init_r=12, target_r=8, {_TOP}) @ optimizer.lr=3e-2",
             f"bone=bone(r=8, {_TOP}) @ optimizer.lr=3e-3",
-            f"svfit=svfit(rank=64, {_TOP}) @ optimizer.lr=1e-2",
+            f"svfit=svfit(rank=64, {_TOP}) @ optimizer.lr=3e-1",
         ),
         _GRID,
         _NOTE,

@@ -92,7 +92,8 @@ class Keeper:
             stop = self.stopped = self._evaluated(step)
         stop = stop or self.asked_to_stop()
         due = every.save and taken % every.save == 0
-        if due or (self.asked_to_stop() and not over):
+        self.assembly.loop.paused = self.asked_to_stop() and not over
+        if due or self.assembly.loop.paused:
             self.save()
         return stop
 

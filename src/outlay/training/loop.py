@@ -46,6 +46,7 @@ class Loop:
         on_step: Called with (step, values) after every step: logs and progress bars.
         after_step: Called with the next step's index: evaluation, checkpoint, stop. Returns
             True to stop.
+        paused: True if the run was asked to stop and will go on later.
         marks: Tensors as they were before the run, for checkpoints.
         stopped: True if the run that goes on here had stopped early: no step is taken.
     """
@@ -62,6 +63,7 @@ class Loop:
     after_step: Callable[[Step], bool] = lambda step: False
     marks: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
+    paused: bool = False
     _hooks: list[Any] = field(default_factory=list)
     _homes: list[tuple[str, nn.Parameter, torch.optim.Optimizer]] = field(default_factory=list)
     _wired: bool = False
@@ -98,6 +100,7 @@ class Loop:
                 hook.remove()
             self._hooks.clear()
             self._wired = False
+        if not self.paused:
             for watcher in self.watchers:
                 watcher.close()
 
