@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from .._version import __version__
 from ..core import callspec, registry
-from ..core.errors import ConfigError, OutlayError
+from ..core.errors import ConfigError
 from ..core.meter import FlopTable
 from ..training.checkpoint import write_json
 from ..training.evaluate import main_metric
@@ -440,4 +440,4 @@ def _file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in text) or "arm"
 
 
-__all__ = ["Arm", "Comparison", "OutlayError", "compare"]
+__all__ = ["Arm", "Comparison", "compare"]
