@@ -28,7 +28,7 @@ from outlay.core import registry
 from outlay.core.method import Step
 from outlay.training.assemble import assemble
 from outlay.training.backend import OneDevice
-from outlay.training.batch import example_count, padded, token_count
+from outlay.training.data.batch import example_count, padded, token_count
 from outlay.training.log import Log
 from outlay.training.materials import load_materials
 

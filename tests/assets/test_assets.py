@@ -18,9 +18,9 @@ import torch
 from outlay import assets
 from outlay.assets import catalogue, sources
 from outlay.core.errors import ConfigError, MissingAsset, OutlayError
-from outlay.training.data import load
-from outlay.training.models import load_model
-from outlay.training.recipe import DataSpec, ModelSpec
+from outlay.training.data.dataset import load
+from outlay.training.models.load import load_model
+from outlay.training.specs import DataSpec, ModelSpec
 
 
 def need(name):
@@ -278,7 +278,7 @@ def test_minilm_finds_what_belongs_together():
 
 
 def catalogue_labels():
-    from outlay.training.labels import Labels
+    from outlay.training.data.labels import Labels
 
     return Labels(("y",), (), (1.0,), (0.0,))
 

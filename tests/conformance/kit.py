@@ -20,8 +20,9 @@ from outlay.training.assemble import Assembly
 from outlay.training.backend import OneDevice
 from outlay.training.keeper import Silent
 from outlay.training.materials import Materials, load_materials
-from outlay.training.recipe import Recipe, StageSpec
+from outlay.training.recipe import Recipe
 from outlay.training.runs import Runner
+from outlay.training.specs import StageSpec
 
 WORDS = ("apple", "pear", "plum", "fig", "wave", "salt", "fish", "tide", "saw", "file", "drill")
 

@@ -14,7 +14,7 @@ from outlay.core import registry
 from outlay.core.method import OnModel
 from outlay.nn.targets import head_modules
 from outlay.training import checkpoint
-from outlay.training.export import save_model
+from outlay.training.models.export import save_model
 from outlay.training.plan import plan
 from outlay.training.recipe import Recipe
 

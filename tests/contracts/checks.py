@@ -12,7 +12,7 @@ from contracts import rig, toys
 from torch import Tensor
 
 from outlay.training import checkpoint
-from outlay.training.pool import Pool
+from outlay.training.data.pool import Pool
 
 SPLITS = (16, 4, 1)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from outlay.core.errors import ConfigError, Conflict, DataError
 from outlay.core.method import Context, Step, Watcher
-from outlay.training.batch import padded, token_count
-from outlay.training.pool import Pool
+from outlay.training.data.batch import padded, token_count
+from outlay.training.data.pool import Pool
 
 # ---- the pool ------------------------------------------------------------------------------------
 

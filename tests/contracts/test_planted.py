@@ -8,10 +8,10 @@ from contracts import checks, rig, toys
 
 from outlay.core.live import Live
 from outlay.core.losses import Rows
-from outlay.training import batch as batches
 from outlay.training import checkpoint, gradients, loop
 from outlay.training.backend import OneDevice
-from outlay.training.pool import Pool
+from outlay.training.data import batch as batches
+from outlay.training.data.pool import Pool
 
 
 def focus_loss(model, batch):

@@ -14,7 +14,7 @@ from outlay.core.card import Card
 from outlay.core.errors import ConfigError, Conflict, NoEffect
 from outlay.core.method import Context, OnObjective, OnStep, ParameterGroup, Step, Watcher
 from outlay.training.optimizer import schedule_of
-from outlay.training.recipe import ScheduleSpec
+from outlay.training.specs import ScheduleSpec
 
 
 @pytest.mark.parametrize("methods", [

@@ -19,7 +19,7 @@ from outlay.core.method import (
     OnReward,
     Weighting,
 )
-from outlay.training.rollouts import RolloutPool
+from outlay.training.data.rollouts import RolloutPool
 
 F64 = torch.float64
 

@@ -21,9 +21,10 @@ import pytest
 import yaml
 
 from outlay.cli.app import run_app
-from outlay.training.labels import Labels
-from outlay.training.models import load_model, save_model
-from outlay.training.recipe import ModelSpec, Recipe
+from outlay.training.data.labels import Labels
+from outlay.training.models.load import load_model, save_model
+from outlay.training.recipe import Recipe
+from outlay.training.specs import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

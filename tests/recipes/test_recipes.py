@@ -11,9 +11,9 @@ import torch
 from outlay import assets, recipes
 from outlay.core.errors import ConfigError
 from outlay.core.method import Step
-from outlay.training.data import encode, load
+from outlay.training.data.dataset import encode, load
 from outlay.training.evaluate import evaluate
-from outlay.training.models import load_model, token_bytes
+from outlay.training.models.load import load_model, token_bytes
 from outlay.training.objectives import objective_for
 from outlay.training.recipe import Recipe
 

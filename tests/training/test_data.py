@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from outlay.core.errors import ConfigError, DataError
-from outlay.training.data import load, load_rows
-from outlay.training.labels import Labels
-from outlay.training.recipe import DataSpec
+from outlay.training.data.dataset import load, load_rows
+from outlay.training.data.labels import Labels
+from outlay.training.specs import DataSpec
 
 TASK = "sequence-classification"
 LM = "causal-language-modeling"

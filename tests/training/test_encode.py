@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from outlay.core.errors import ConfigError, DataError
-from outlay.training.data import encode
-from outlay.training.labels import Labels
-from outlay.training.tokens import byte_tokenizer
+from outlay.training.data.dataset import encode
+from outlay.training.data.labels import Labels
+from outlay.training.models.tokens import byte_tokenizer
 
 LM = "causal-language-modeling"
 TOKENIZER = byte_tokenizer()

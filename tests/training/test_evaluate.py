@@ -13,10 +13,10 @@ from sklearn import metrics as reference
 from torch import nn
 
 from outlay.core.errors import ConfigError, DataError
+from outlay.training.data.labels import Labels
 from outlay.training.evaluate import METRICS, evaluate, main_metric, predictions
-from outlay.training.labels import Labels
 from outlay.training.objectives import objective_for
-from outlay.training.recipe import TASKS
+from outlay.training.specs import TASKS
 
 
 class Table(nn.Module):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from outlay.core.errors import ConfigError
 from outlay.nn.targets import head_modules
-from outlay.training.encode import encode
-from outlay.training.labels import Labels
-from outlay.training.models import (
+from outlay.training.data.encode import encode
+from outlay.training.data.labels import Labels
+from outlay.training.models.load import (
     byte_tokenizer,
     fingerprint,
     grow_tokens,
@@ -25,7 +25,7 @@ from outlay.training.models import (
     save_model,
     token_bytes,
 )
-from outlay.training.recipe import ModelSpec
+from outlay.training.specs import ModelSpec
 
 CLASSES = Labels(("a", "b", "c"), image=(1, 8, 8))
 LM = "causal-language-modeling"

@@ -11,10 +11,10 @@ from torch import nn
 
 from outlay.core.errors import ConfigError
 from outlay.core.method import Step
-from outlay.training.labels import Labels
-from outlay.training.models import load_model
+from outlay.training.data.labels import Labels
+from outlay.training.models.load import load_model
 from outlay.training.objectives import objective_for
-from outlay.training.recipe import TASKS, ModelSpec
+from outlay.training.specs import TASKS, ModelSpec
 
 STEP = Step(index=0, share=0.0, seed=0)
 

@@ -7,9 +7,9 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlay.training.encode import encode
-from outlay.training.splits import rows_fingerprint, strata, stratified
-from outlay.training.tokens import byte_tokenizer
+from outlay.training.data.encode import encode
+from outlay.training.data.splits import rows_fingerprint, strata, stratified
+from outlay.training.models.tokens import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

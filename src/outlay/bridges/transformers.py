@@ -41,7 +41,7 @@ from ..training import checkpoint
 from ..training.assemble import adapt
 from ..training.objectives import objective_for
 from ..training.optimizer import schedule_of
-from ..training.recipe import OptimizerSpec, ScheduleSpec
+from ..training.specs import OptimizerSpec, ScheduleSpec
 
 STATE = "outlay"
 

@@ -13,7 +13,7 @@ import torch
 from ..core.errors import Conflict
 from ..core.meter import FlopCounter
 from ..core.method import Step
-from ..training.batch import padded
+from ..training.data.batch import padded
 from ..training.evaluate import classification_metrics
 from ..training.materials import Materials
 from ..training.recipe import Recipe

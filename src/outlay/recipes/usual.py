@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from ..core.budget import Budget
-from ..training.recipe import (
-    BatchSpec,
-    DataSpec,
-    EverySpec,
-    ModelSpec,
-    OptimizerSpec,
-    Recipe,
-    ScheduleSpec,
-)
+from ..training.recipe import Recipe
+from ..training.specs import BatchSpec, DataSpec, EverySpec, ModelSpec, OptimizerSpec, ScheduleSpec
 
 
 def digits_vit() -> Recipe:

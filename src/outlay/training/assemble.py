@@ -31,12 +31,12 @@ from ..core.method import (
     seed_of,
 )
 from .backend import OneDevice
-from .batch import Drawer, padded
+from .data.batch import Drawer, padded
+from .data.pool import Pool
 from .frozen import PrefixStore, freeze_for, frozen_prefix
 from .gradients import Gradients
 from .loop import Loop
 from .optimizer import build_optimizers, parameter_groups, schedule_of
-from .pool import Pool
 from .recipe import Recipe
 
 

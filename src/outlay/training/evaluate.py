@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError, DataError, nearest
 from ..core.losses import Batch, Objective, model_inputs
 from ..core.method import Step
-from .labels import Labels
+from .data.labels import Labels
 from .objectives import IGNORED
 
 Around = Callable[[Batch], contextlib.AbstractContextManager[Any]]

@@ -23,16 +23,17 @@ from ..core.meter import FlopTable
 from . import checkpoint
 from .assemble import Assembly
 from .backend import OneDevice
-from .batch import padded
-from .data import encode, load_rows
+from .data.batch import padded
+from .data.dataset import encode, load_rows
+from .data.labels import Labels
 from .evaluate import evaluate, predictions
-from .export import save_model
 from .keeper import Silent
-from .labels import Labels
 from .materials import Materials, load_materials
-from .recipe import ModelSpec, Recipe
+from .models.export import save_model
+from .models.tokens import token_bytes
+from .recipe import Recipe
 from .runs import Result, Runner, stage_recipes
-from .tokens import token_bytes
+from .specs import ModelSpec
 
 _TEXTS = ("causal-language-modeling", "sequence-to-sequence")
 

@@ -21,7 +21,7 @@ from ..core.method import Method, OnBatch
 from ..core.still import hold_statistics
 from ..nn.targets import blocks, head_modules
 from .backend import batch_key
-from .export import fingerprint
+from .models.export import fingerprint
 
 
 def freeze_for(methods: Sequence[Method], model: nn.Module, original: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ from . import checkpoint
 from .assemble import Assembly
 from .evaluate import evaluate, main_metric
 from .log import Log
-from .tokens import token_bytes
+from .models.tokens import token_bytes
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from ..core.losses import Batch
 from ..core.meter import Meter
 from ..core.method import Step, Watcher, seed_of
 from .backend import OneDevice
-from .batch import Drawer, example_count, token_count
+from .data.batch import Drawer, example_count, token_count
 from .diagnose import refuse_non_finite
 from .gradients import Gradients
 from .optimizer import Schedule, set_rates

@@ -10,13 +10,14 @@ from torch import nn
 
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
-from . import models
-from .data import Row, Splits, encode, load
-from .export import fingerprint
+from .data.dataset import Row, Splits, encode, load
+from .data.labels import Labels
 from .frozen import PrefixStore
-from .labels import Labels
+from .models.export import fingerprint
+from .models.load import load_model
 from .objectives import objective_for
-from .recipe import ModelSpec, Recipe
+from .recipe import Recipe
+from .specs import ModelSpec
 
 _MODEL_SEED = 0  # the fingerprint is of the pre-trained weights, whatever the run's seed
 
@@ -63,7 +64,7 @@ class Materials:
         """
         if isinstance(recipe.model, nn.Module):
             return copy.deepcopy(recipe.model)
-        model, _ = models.load_model(
+        model, _ = load_model(
             recipe.model,
             recipe.task,
             self.labels,
@@ -96,7 +97,7 @@ def load_materials(recipe: Recipe, tokenizer: Any = None, hollow: bool = False) 
     splits: Splits = load(recipe.data, recipe.task)
     digest = ""
     if isinstance(recipe.model, ModelSpec):
-        model, own = models.load_model(
+        model, own = load_model(
             recipe.model,
             recipe.task,
             splits.labels,

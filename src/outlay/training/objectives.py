@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError, nearest
 from ..core.losses import Batch, Losses, Objective, Term, model_inputs
 from ..core.method import Step
-from .labels import Labels
+from .data.labels import Labels
 
 IGNORED = -100
 # Requests that others answer: the batch before corruption, and what every objective gives.

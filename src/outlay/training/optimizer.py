@@ -14,7 +14,7 @@ from ..core.live import PREFIX
 from ..core.losses import Objective
 from ..core.method import Context, Method, OnOptimizer, OnSchedule, ParameterGroup, Step
 from ..nn.targets import head_modules
-from .recipe import OptimizerSpec, ScheduleSpec
+from .specs import OptimizerSpec, ScheduleSpec
 
 Schedule = Callable[[Step], float]
 

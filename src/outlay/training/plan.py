@@ -152,8 +152,8 @@ class _Shape:
 def _drawn_shapes(recipe: Recipe, materials: Materials) -> list[_Shape]:
     """Micro-batch shapes of the first steps, in the run's own order."""
     from ..core.method import Context, OnBatch
-    from .batch import Drawer
-    from .pool import Pool
+    from .data.batch import Drawer
+    from .data.pool import Pool
 
     context = Context(budget=recipe.budget, seed=recipe.seed, tokenizer=materials.tokenizer)
     pool = Pool(materials.train, recipe.seed)

@@ -33,7 +33,8 @@ from .backend import OneDevice
 from .keeper import Keeper, Progress, Silent
 from .log import Log, Tracker
 from .materials import Materials, load_materials
-from .recipe import Recipe, Spec, StageSpec
+from .recipe import Recipe
+from .specs import Spec, StageSpec
 
 MAIN = "main"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..core.errors import ConfigError
-from ..core.method import Example, generator_of
+from ...core.errors import ConfigError
+from ...core.method import Example, generator_of
 from .pool import Pool
 
 EPSILON = 1e-6

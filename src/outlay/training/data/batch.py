@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import Conflict, DataError
-from ..core.losses import Batch
-from ..core.method import Context, Draw, Example, OnBatch, Step, generator_of
+from ...core.errors import Conflict, DataError
+from ...core.losses import Batch
+from ...core.method import Context, Draw, Example, OnBatch, Step, generator_of
+from ..specs import BatchSpec
 from .pool import Pool
-from .recipe import BatchSpec
 
 Layout = Callable[[list[Example], Draw, Step], Batch]
 

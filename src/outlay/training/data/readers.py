@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, nearest
+from ...core.errors import DataError, nearest
 
 SPLIT_NAMES = {
     "train": ("train", "training"),

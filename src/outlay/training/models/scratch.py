@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.errors import ConfigError
-from .labels import Labels
-from .recipe import ModelSpec
+from ...core.errors import ConfigError
+from ..data.labels import Labels
+from ..specs import ModelSpec
 
 # Tasks that each shape has a head for.
 TASKS_OF = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..core.errors import ConfigError, DataError, nearest
-from ..core.method import Example, generator_of
+from ...core.errors import ConfigError, DataError, nearest
+from ...core.method import Example, generator_of
 
 ALL = ""
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError
-from ..core.method import generator_of
+from ...core.errors import ConfigError
+from ...core.method import generator_of
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
           "sentencepiece.bpe.model")  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..core.errors import ConfigError, DataError
-from ..core.method import Example
+from ...core.errors import ConfigError, DataError
+from ...core.method import Example
+from ..models.quiet import quiet_transformers
+from ..objectives import IGNORED
 from .columns import Row
 from .labels import Labels
-from .objectives import IGNORED
-from .quiet import quiet_transformers
 
 
 def encode(

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import ConfigError
-from ..core.method import seed_of
-from ..nn.targets import head_modules
+from ...core.errors import ConfigError
+from ...core.method import seed_of
+from ...nn.targets import head_modules
+from ..data.labels import Labels
+from ..specs import ModelSpec
 from .export import fingerprint, save_model
 from .heads import fit_head, fresh_parameters, scale_head, start_at_mean
-from .labels import Labels
 from .quiet import quiet_transformers
-from .recipe import ModelSpec
 from .scratch import scratch_config
 from .tokens import (
     byte_tokenizer,
@@ -130,7 +130,7 @@ def _local(text: str, base: Path | None) -> Path:
 
 def _folder(spec: ModelSpec, base: Path | None) -> Path | None:
     if spec.asset is not None:
-        from ..assets import model_folder
+        from ...assets import model_folder
 
         return model_folder(spec.asset)
     return None if spec.path is None else _local(spec.path, base)
@@ -141,7 +141,7 @@ def _tokenizer(spec: ModelSpec, folder: Path | None, base: Path | None) -> Any:
         return byte_tokenizer(spec.config == "t5") if folder is None else load_tokenizer(folder)
     place = _local(spec.tokenizer, base)
     if not place.is_dir():
-        from .. import assets
+        from ... import assets
 
         if spec.tokenizer not in assets.available():
             raise ConfigError(

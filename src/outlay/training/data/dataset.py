@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, DataError, nearest
+from ...core.errors import ConfigError, DataError, nearest
+from ..specs import DataSpec
 from .columns import CLASSES, Columns, Row, find_columns, rows_of
 from .encode import encode
 from .labels import Labels
 from .readers import SPLIT_NAMES, Table, read_splits, read_table, table_of
-from .recipe import DataSpec
 from .splits import content, rows_fingerprint, strata, stratified
 
 __all__ = ["Splits", "encode", "load", "load_rows"]
@@ -150,7 +150,7 @@ def _path(text: str, base: Path | None) -> Path:
 
 def _tables(spec: DataSpec, base: Path | None) -> tuple[dict[str, Table], dict[str, str]]:
     if spec.asset is not None:
-        from .. import assets
+        from ... import assets
 
         tables = {"train": table_of(assets.rows(spec.asset), spec.asset)}
         sources = {"train": f"asset {spec.asset}"}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from ..core.method import seed_of
+from ...core.method import seed_of
 
 
 def content(row: dict[str, Any]) -> str:

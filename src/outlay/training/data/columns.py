@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..core.errors import DataError, nearest
+from ...core.errors import DataError, nearest
+from ..specs import DataSpec
 from .readers import Table
-from .recipe import DataSpec
 
 Row = dict[str, Any]
 CLASSES = ("sequence-classification", "image-classification")

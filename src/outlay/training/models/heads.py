@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.method import generator_of
-from ..nn.targets import head_modules
-from .labels import Labels
+from ...core.method import generator_of
+from ...nn.targets import head_modules
+from ..data.labels import Labels
 
 
 def fresh_parameters(model: nn.Module, names: Iterable[str], seed: int) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError
+from ...core.errors import ConfigError
+from ..data.labels import Labels
 from .heads import output_layer
-from .labels import Labels
 from .quiet import quiet_transformers
 
 

@@ -1,0 +1,1 @@
+"""From files to padded batches: rows, columns, splits, labels, tokens, pools."""

@@ -1,0 +1,1 @@
+"""Models in and out: local folders, from scratch, heads, tokenizers, exports."""
