@@ -131,6 +131,7 @@ def compare(
     device: str = "auto",
     threads: int | None = None,
     progress: ComparisonProgress | None = None,
+    store: str | Path | None = None,
     command: str = "",
     notes: Sequence[str] = (),
 ) -> Comparison:
@@ -152,6 +153,8 @@ def compare(
         device: As for `run`.
         threads: As for `run`.
         progress: Shows it.
+        store: Where the run folders go; the comparison's own folder by default. Comparisons that
+            share a store do not repeat runs that are equal in everything.
         command: What to type to get it again.
         notes: Sentences for the reader.
 
@@ -170,7 +173,7 @@ def compare(
     progress = progress or _Silent()
     recipes = {arm.name: _recipe_of(recipe, arm) for arm in chosen if arm.estimator() is None}
     folder = Path(out) / f"comparison-{recipe.name}-{_identity(recipe, chosen, which, tune)}"
-    worker = _Worker(folder, recipe, device, threads, progress)
+    worker = _Worker(folder, Path(store or folder), recipe, device, threads, progress)
     tuned, tuning_notes = {}, []
     if tune:
         tuned, tuning_notes = worker.tune(recipes, tune, tuning_seeds, metric, higher)
@@ -300,13 +303,14 @@ class _Worker:
     def __init__(
         self,
         folder: Path,
+        store: Path,
         recipe: Recipe,
         device: str,
         threads: int | None,
         progress: ComparisonProgress,
     ) -> None:
-        self.folder, self.recipe, self.device, self.threads = folder, recipe, device, threads
-        self.progress = progress
+        self.folder, self.store, self.recipe = folder, store, recipe
+        self.device, self.threads, self.progress = device, threads, progress
         self.materials: dict[str, Materials] = {}
         self.flops: dict[str, FlopTable] = {}
         self.failures: dict[tuple[str, int], str] = {}
@@ -337,7 +341,7 @@ class _Worker:
         recipe = recipe.changed({"seed": seed, "name": f"{_file_name(arm)}-seed{seed}"})
         return run(
             recipe,
-            out=self.folder / where,
+            out=self.store / where,
             device=self.device,
             threads=self.threads,
             progress=self.progress,
