@@ -41,11 +41,13 @@ class Answer:
     @property
     def json(self) -> Any:
         """The JSON document on stdout."""
+        assert self.out, self.err
         return json.loads(self.out)
 
     @property
     def last(self) -> Any:
         """The JSON object on the last line of stdout."""
+        assert self.out, self.err
         return json.loads(self.out.splitlines()[-1])
 
 

@@ -204,6 +204,19 @@ def test_every_methods_trained_weights_come_back(outlay, work, method):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bone(r=4)", "svfit(rank=8)", "lamda(r=8)", "probe"])
+def test_a_run_outlives_its_data(outlay, work, method):
+    folder = outlay(
+        "run", "mine.yaml", "--json", "--quiet", "--set", "methods=[]", "--method", method
+    ).last["folder"]
+    before = outlay("predict", folder, "new.csv").out
+    (work / "rows.csv").unlink()
+    assert outlay("predict", folder, "new.csv").out == before
+    assert outlay("export", folder, "--out", "model").code == 0
+    gone = outlay("evaluate", folder)
+    assert gone.code == 2 and "rows.csv" in gone.err
+
+
 def test_the_last_of_several_stages_is_opened(outlay, work):
     stages = "stages=[{name: first, methods: [full]}, {name: second, budget: 4steps}]"
     result = outlay("run", "mine.yaml", "--json", "--quiet", "--set", stages).last

@@ -56,7 +56,7 @@ def export(
         warnings.simplefilter("always")
         from ..training.finished import open_run
 
-        finished = open_run(folder, device=device, threads=threads)
+        finished = open_run(folder, rows=False, device=device, threads=threads)
         if form is Format.transformers:
             kind = write_folder(out, finished.save_model)
         else:

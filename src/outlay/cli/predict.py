@@ -57,7 +57,7 @@ def evaluate(
     with progress_for(quiet).waiting("measuring"):
         from ..training.finished import open_run
 
-        finished = open_run(folder, device=device, threads=threads)
+        finished = open_run(folder, rows=data is None, device=device, threads=threads)
         if data is not None:
             metrics = {f"data/{k}": v for k, v in finished.evaluate_rows(data).items()}
         else:
@@ -92,7 +92,8 @@ def predict(
     with progress_for(quiet).waiting("predicting"):
         from ..training.finished import open_run
 
-        rows = list(open_run(folder, device=device, threads=threads).predict(data))
+        finished = open_run(folder, rows=False, device=device, threads=threads)
+        rows = list(finished.predict(data))
     if out is None:
         # Rows are the data here, with --json too: one object a line either way.
         sys.stdout.write(as_jsonl(rows))

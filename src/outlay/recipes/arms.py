@@ -1,8 +1,9 @@
 """Arms that belong to a recipe: what `outlay compare RECIPE` runs when no arm is given.
 
 Learning rates stand here as numbers. They come from the validation grid that
-`outlay compare RECIPE --tune` runs, equal for every arm; a comparison that only uses them says
-that nothing was tuned in it.
+`outlay compare RECIPE --tune recipe` runs, equal for every arm (that of `minilm-questions` lies in
+benchmarks/results/demo_grid.json); a comparison that only uses them says that nothing was tuned
+in it.
 """
 
 from __future__ import annotations

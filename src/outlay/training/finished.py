@@ -1,7 +1,8 @@
 """A finished run, opened again: measure it, predict with it, take its model out.
 
-The run's folder holds its recipe and what was trained; data and base model are read from where
-the recipe says, and refused if they are not what the run was trained on.
+The run's folder holds its recipe, its label space and what was trained. The base model, and the
+data where they are needed, are read from where the recipe says, and refused if they are not what
+the run was trained on.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import nn
 from ..core.errors import CheckpointError, ConfigError, DataError
 from ..core.losses import Batch
 from ..core.meter import FlopTable
+from ..core.method import OnData
 from . import checkpoint
 from .assemble import Assembly
 from .backend import OneDevice
 from .data.batch import padded
-from .data.dataset import encode, load_rows
+from .data.dataset import Splits, encode, load_rows
 from .data.labels import Labels
+from .data.pool import NoPool
 from .evaluate import evaluate, predictions
 from .keeper import Silent
 from .materials import Materials, load_materials
@@ -178,11 +181,15 @@ def _whole_texts(windows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield held
 
 
-def open_run(folder: str | Path, *, device: str = "auto", threads: int | None = None) -> Finished:
+def open_run(
+    folder: str | Path, *, rows: bool = True, device: str = "auto", threads: int | None = None
+) -> Finished:
     """Rebuild the trained model of a finished run.
 
     Args:
         folder: Written by `run`.
+        rows: Read the run's data too, for `evaluate`; without them the data may be gone, unless
+            a method chose among the rows.
         device: "auto", "cpu", "cuda" or "mps".
         threads: Threads of torch.
 
@@ -195,7 +202,10 @@ def open_run(folder: str | Path, *, device: str = "auto", threads: int | None = 
     folder = Path(folder)
     facts, result = _records(folder)
     recipe = Recipe.read(folder / "recipe.yaml")
-    materials = load_materials(recipe)
+    stages = stage_recipes(recipe)
+    needed = rows or len(stages) > 1 or any(isinstance(m, OnData) for m in recipe.methods)
+    known = None if needed else Splits([], [], [], Labels.read(facts["labels"]), facts["data"])
+    materials = load_materials(recipe, splits=known)
     for part, now in (("data", materials.fingerprint), ("model", materials.model_fingerprint)):
         if facts.get(part) != now:
             raise CheckpointError(
@@ -203,9 +213,9 @@ def open_run(folder: str | Path, *, device: str = "auto", threads: int | None = 
                 f"put the {part} back, or run the recipe again",
             )
     backend = OneDevice(device, recipe.precision)
-    runner = Runner(recipe, materials, folder, backend, Silent(), (), FlopTable(), {})
-    stages = stage_recipes(recipe)
     stage, last = stages[-1]
+    pools = {} if needed else {stage.name: NoPool()}
+    runner = Runner(recipe, materials, folder, backend, Silent(), (), FlopTable(), pools)
     state = checkpoint.read_folder(folder / "trained" / stage.name)
     assembly = runner.assembled(stage, last, len(stages) - 1, state["kept"])
     checkpoint.restore_weights(assembly.live, state)
@@ -227,6 +237,7 @@ def _records(folder: Path) -> tuple[dict[str, Any], Result]:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
         live = [k for k in ("model", "data") if isinstance(facts["recipe"][k], str)]
+        Labels.read(facts["labels"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"the records of run {folder.name} are damaged ({type(error).__name__})",

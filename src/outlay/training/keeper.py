@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,9 @@ from .assemble import Assembly
 from .evaluate import evaluate, main_metric
 from .log import Log
 from .models.tokens import token_bytes
+
+SAVE_SECONDS = 60.0  # between checkpoints where the recipe names no steps
+_SAVE_SHARE = 0.02  # of the time, at most, goes into them
 
 
 @runtime_checkable
@@ -68,6 +72,7 @@ class Keeper:
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
         self.stopped = False
+        self._saved_at, self._pause = time.monotonic(), SAVE_SECONDS
         assembly.loop.marks = checkpoint.buffer_marks(assembly.model, assembly.objective)
         self.metric, self.higher = main_metric(self.recipe.task, self.recipe.evaluate.metric)
         self.items: dict[str, dict[str, list[Any]]] = {}
@@ -91,7 +96,10 @@ class Keeper:
         if every.evaluate and (taken % every.evaluate == 0 or over):
             stop = self.stopped = self._evaluated(step)
         stop = stop or self.asked_to_stop()
-        due = every.save and taken % every.save == 0
+        due = (
+            taken % every.save == 0 if every.save
+            else time.monotonic() - self._saved_at >= self._pause and not over
+        )  # fmt: skip
         self.assembly.loop.paused = self.asked_to_stop() and not over
         if due or self.assembly.loop.paused:
             self.save()
@@ -150,7 +158,7 @@ class Keeper:
 
     def save(self) -> None:
         """The last act of a step."""
-        loop = self.assembly.loop
+        loop, began = self.assembly.loop, time.monotonic()
         self.log.flush()
         tree = {
             **checkpoint.capture(self.assembly.live, loop.marks),
@@ -167,6 +175,8 @@ class Keeper:
             "device": self.assembly.loop.backend.device.type,
         }  # fmt: skip
         self.store.save(int(self.meter.totals["steps"]), tree)
+        now = time.monotonic()
+        self._saved_at, self._pause = now, max(SAVE_SECONDS, (now - began) / _SAVE_SHARE)
 
     def restore(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint.

@@ -82,19 +82,22 @@ class Materials:
         return objective_for(recipe.task, recipe.objective, self.labels, requests)
 
 
-def load_materials(recipe: Recipe, tokenizer: Any = None, hollow: bool = False) -> Materials:
+def load_materials(
+    recipe: Recipe, tokenizer: Any = None, hollow: bool = False, splits: Splits | None = None
+) -> Materials:
     """Load and encode everything that a recipe names.
 
     Args:
         recipe: The recipe (or one stage's).
         tokenizer: The run's tokenizer if an earlier stage fixed it.
         hollow: Leave the model's weights unread.
+        splits: Rows and labels in place of those that the recipe names.
 
     Raises:
         DataError: Rows, columns or labels are wrong.
         ConfigError: The model folder is unusable.
     """
-    splits: Splits = load(recipe.data, recipe.task)
+    splits = splits or load(recipe.data, recipe.task)
     digest = ""
     if isinstance(recipe.model, ModelSpec):
         model, own = load_model(

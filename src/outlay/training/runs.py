@@ -217,7 +217,7 @@ def _write_recipe(folder: Path, recipe: Recipe, materials: Materials) -> None:
         "version": __version__,
         "torch": torch.__version__,
         "counts": materials.counts,
-        "labels": list(materials.labels.names),
+        "labels": asdict(materials.labels),
     }
     checkpoint.write_json(folder / "run.json", facts)
 

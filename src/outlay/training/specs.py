@@ -205,7 +205,7 @@ class EverySpec(Spec):
 
     Attributes:
         evaluate: Steps between evaluations on the validation split; only at the end by default.
-        save: Steps between checkpoints; by default only when the run is asked to stop.
+        save: Steps between checkpoints; by default one a minute, and one when asked to stop.
         log: Steps between log lines.
         keep: Checkpoints that stay on disk.
     """

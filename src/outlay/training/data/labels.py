@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Labels:
     scale: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
     image: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Sequence[Any]]) -> Labels:
+        """From the plain values that `dataclasses.asdict` and JSON make of it."""
+        return cls(**{key: tuple(values) for key, values in plain.items()})
 
     def __len__(self) -> int:
         return len(self.names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,13 +35,15 @@ class Pool:
 
     needs_model = False
 
+    needs_examples: ClassVar[bool] = True
+
     def __init__(
         self,
         examples: Sequence[Example],
         seed: int = 0,
         domain_weights: Mapping[str, float] | None = None,
     ) -> None:
-        if not len(examples):
+        if self.needs_examples and not len(examples):
             raise DataError("no training example is left", "check the data and the selectors")
         self.lock = threading.RLock()
         self.examples = examples
@@ -202,3 +204,12 @@ class Pool:
         """Continue from `state_dict()`."""
         if state.get("domain_weights") is not None:
             self.set_weights(state["domain_weights"])
+
+
+class NoPool(Pool):
+    """In a pool's place where nothing will be drawn, as in a finished run without its data."""
+
+    needs_examples: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__(())
