@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlay.core.errors import CheckpointError
-from outlay.training import checkpoint
+from outlay.training import checkpoint, keeper
 from outlay.training.checkpoint import Checkpoints, locked, pack, read_folder, unpack, write_folder
+from outlay.training.recipe import Recipe
+from outlay.training.runs import run
 
 
 def tree(step: int) -> dict:
@@ -240,3 +242,24 @@ def test_marks_tell_what_was_written():
     }  # fmt: skip
     model[1].running_mean = torch.zeros(2)
     assert "1.running_mean" in written()
+
+
+def test_a_run_of_minutes_saves_by_itself(tmp_path, monkeypatch):
+    saved = []
+    real = checkpoint.Checkpoints.save
+
+    def counted(store, step, tree):
+        saved.append(step)
+        real(store, step, tree)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", counted)
+    of = Recipe(
+        name="saved", model={"config": "cnn", "layers": 1, "width": 8},
+        task="image-classification", data={"asset": "digits", "limit": 40}, budget="6steps",
+    )  # fmt: skip
+    run(of, out=tmp_path / "short", device="cpu")
+    assert saved == []
+    monkeypatch.setattr(keeper, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(keeper, "_SAVE_SHARE", 1e9)
+    run(of, out=tmp_path / "long", device="cpu")
+    assert saved == [1, 2, 3, 4, 5]  # the last step is followed by the result itself

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from outlay.methods.adapters.lamda import LaMDA
+from outlay.training.materials import load_materials
 from outlay.training.planning.plan import plan
 from outlay.training.recipe import Recipe
 from outlay.training.runs import run
@@ -39,3 +41,14 @@ def test_a_plan_counts_what_the_run_counts(tmp_path, changes):
     assert planned.params["trainable"] == meter["trainable_parameters"]
     assert planned.flops == pytest.approx(meter["flops"], rel=0.01)
     assert planned.steps == meter["steps"]
+
+
+def test_numbers_that_a_method_froze_are_no_updates(tmp_path):
+    method = LaMDA(r=8, layers_to_transform=(-1,))
+    chosen = recipe(methods=(method,))
+    ran = run(chosen, out=tmp_path, device="cpu")
+    materials = load_materials(chosen)
+    adapted = method.adapt(materials.model(chosen))
+    head = plan(chosen, device="cpu").params["head"]
+    expected = method.parameter_updates(adapted, 20) + 20 * head
+    assert ran.meter["parameter_updates"] == expected < 20 * ran.meter["trainable_parameters"]

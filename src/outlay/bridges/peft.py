@@ -15,7 +15,7 @@ from ..core.card import Card
 from ..core.claims import Claim
 from ..core.errors import ConfigError, Conflict, nearest, require
 from ..core.losses import Objective
-from ..core.method import Context, OnModel, OnObjective, OnStep, Watcher, _freeze, seed_of
+from ..core.method import Context, OnModel, OnObjective, OnStep, Watcher, hashable, seed_of
 from ..nn.adapted import swap, untie
 from ..nn.adapter import DEFAULT, TargetedMethod, plain_layer
 from ..nn.targets import head_modules, is_conv1d, weight_of
@@ -86,7 +86,7 @@ class Peft(TargetedMethod, OnModel, OnObjective, OnStep):
             "layers_to_transform": layers_to_transform,
             "modules_to_save": modules_to_save or (),
             "adapter_name": adapter_name,
-            "options": tuple(sorted((key, _freeze(value)) for key, value in given.items())),
+            "options": tuple(sorted((key, hashable(value)) for key, value in given.items())),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -95,7 +95,7 @@ class Peft(TargetedMethod, OnModel, OnObjective, OnStep):
     def spec(self) -> str:
         """The call string: type, PEFT's keywords, and what else differs from the defaults."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {f.name: _freeze(f.default) for f in dataclasses.fields(self)}
+        plain = {f.name: hashable(f.default) for f in dataclasses.fields(self)}
         own.pop("options")
         changed = {k: v for k, v in own.items() if k == "type" or v != plain[k]}
         first = {"type": changed.pop("type")}

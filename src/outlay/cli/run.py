@@ -40,6 +40,13 @@ Resumed = Annotated[
         "the same command goes on by itself.",
     ),
 ]
+Track = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        metavar="NAME",
+        help="Show the curves in tensorboard, mlflow, wandb or trackio too; may be repeated.",
+    ),
+]
 MaybeRecipe = Annotated[
     Optional[str],  # noqa: UP045
     typer.Argument(
@@ -56,6 +63,7 @@ def run(
     settings: Settings = None,
     seed: Seed = None,
     resume: Resumed = None,
+    track: Track = None,
     out: Runs = Path("runs"),
     device: Device = "auto",
     threads: Threads = None,
@@ -75,6 +83,7 @@ def run(
     progress = progress_for(quiet, no_progress)
     folder = None
     try:
+        from ..bridges.trackers import tracking
         from ..training import runs
         from ..training.materials import load_materials
 
@@ -85,10 +94,13 @@ def run(
         with progress.waiting("reading data and model"):
             materials = load_materials(chosen)
         folder = resume or out / f"{chosen.name}-{runs.identity(chosen, materials)}"
-        result = runs.run(
-            chosen, out=out, device=device, threads=threads, resume=resume, progress=progress,
-            materials=materials, plan=True,
-        )  # fmt: skip
+        with tracking(
+            track or (), folder, chosen.name, chosen.resolved(), progress.note
+        ) as trackers:
+            result = runs.run(
+                chosen, out=out, device=device, threads=threads, resume=resume,
+                progress=progress, trackers=trackers, materials=materials, plan=True,
+            )  # fmt: skip
     except Exception as error:
         progress.close()
         if as_json and folder is not None and describe(error).code == FAILED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,6 +39,11 @@ class Mask:
     keep: Tensor
     kind: str
     held: Tensor | None = None
+
+    @cached_property
+    def still(self) -> int:
+        """Entries that may not change."""
+        return int(self.keep.numel() - self.keep.sum())
 
 
 @runtime_checkable

@@ -48,14 +48,14 @@ class ParameterGroup:
     clip: float | None = None
 
 
-def _freeze(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Sequences to tuples, maps to sorted tuples of pairs: settings are hashable."""
     if isinstance(value, Mapping):
-        return tuple(sorted(((k, _freeze(v)) for k, v in value.items()), key=_order))
+        return tuple(sorted(((k, hashable(v)) for k, v in value.items()), key=_order))
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze(item) for item in value)
+        return tuple(hashable(item) for item in value)
     if isinstance(value, (set, frozenset)):
-        return tuple(sorted((_freeze(item) for item in value), key=_order))
+        return tuple(sorted((hashable(item) for item in value), key=_order))
     return value
 
 
@@ -71,7 +71,7 @@ def _checked(adapter: Any, given: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        return _freeze(adapter.validate_python(_freeze(given)))
+        return hashable(adapter.validate_python(hashable(given)))
     except ValidationError as error:
         # An annotation that wants a map or a set alone gets one; the setting stays hashable.
         kinds = {detail["type"] for detail in error.errors()}
@@ -82,7 +82,7 @@ def _checked(adapter: Any, given: Any) -> Any:
             given = dict(given) if wants_map else given
         except (TypeError, ValueError):
             raise error from None
-        return _freeze(adapter.validate_python(given))
+        return hashable(adapter.validate_python(given))
 
 
 @functools.cache
@@ -135,7 +135,7 @@ class Method(ABC):
         changed = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.default is dataclasses.MISSING or getattr(self, f.name) != _freeze(f.default)
+            if f.default is dataclasses.MISSING or getattr(self, f.name) != hashable(f.default)
         }
         return callspec.render(self.card.name, changed)
 

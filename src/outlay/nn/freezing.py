@@ -113,7 +113,7 @@ class ColumnFreezer(Watcher):
 
     def state_dict(self) -> dict[str, Any]:
         """Columns frozen so far."""
-        return {"frozen": dict(self.frozen)}
+        return {"frozen": dict(self.frozen), "asked": self.asked}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue; the masks themselves come back with the run.
@@ -129,3 +129,4 @@ class ColumnFreezer(Watcher):
                 "resume with the same method and model",
             )
         self.frozen = {name: int(frozen[name]) for name in self.names}
+        self.asked = bool(state["asked"])

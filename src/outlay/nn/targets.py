@@ -47,7 +47,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     lists = [
         (sum(p.numel() for p in module.parameters()), -len(name), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         return None

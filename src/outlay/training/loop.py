@@ -127,7 +127,9 @@ class Loop:
         self._tell("after_update", step)
         trained = 0
         for optimizer in live.optimizers:
-            trained += sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+            for group in optimizer.param_groups:
+                trained += sum(p.numel() for p in group["params"])
+                trained -= sum(live.masks[n].still for n in group["names"] if n in live.masks)
             optimizer.zero_grad(set_to_none=True)
         meter.clocked = False
         meter.add(
