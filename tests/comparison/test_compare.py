@@ -12,7 +12,7 @@ import pytest
 from outlay import recipes
 from outlay.comparison.compare import Comparison, compare
 from outlay.comparison.running import Quiet
-from outlay.core.errors import ConfigError, DoesNotFit
+from outlay.core.errors import ConfigError, Conflict, DoesNotFit
 from outlay.training.recipe import Recipe
 
 STEEP = "wild=full @ optimizer.lr=1e30, optimizer.clip=null"
@@ -171,6 +171,16 @@ def test_a_margin_stated_beforehand_is_reported_without_reproach(comparing):
     assert found.verdict["sentences"] == []
 
 
+def test_a_split_without_rows_is_refused_before_any_run(comparing, recipe, tmp_path):
+    empty = recipe.changed({"data.test_share": 0})
+    with pytest.raises(ConfigError, match="no test rows to measure on"):
+        comparing("a=full", "b=probe", recipe=empty)
+    with pytest.raises(ConfigError, match="no validation rows to measure on"):
+        comparing("a=full", "b=probe", recipe=recipe.changed({"data.validation_share": 0}),
+                  tune={"optimizer.lr": [1e-3, 1e-2]})  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 # ---- budgets -------------------------------------------------------------------------------------
 
 
@@ -260,7 +270,7 @@ def test_an_edge_extends_the_grid_for_all_arms_alike(comparing):
     counts = {arm: len(a["trials"]) for arm, a in record["arms"].items()}
     assert counts == {"all": 5, "head": 5}
     notes = json.loads((found.folder / "report.json").read_text())["notes"]
-    assert sum("was extended by" in note for note in notes) == 3
+    assert sum("extended by 0.0001, 0.001 and 0.01 for every arm" in note for note in notes) == 1
     assert any("still lies on the grid's edge" in note for note in notes)
 
 
@@ -298,6 +308,21 @@ def test_a_killed_tuning_goes_on_where_it_was(comparing, tmp_path):
     assert len(first.trained) == 8 and len(first.trained + second.trained) == len(whole.trained)
     assert here.tuned == there.tuned
     assert [a["mean"] for a in here.verdict["arms"]] == [a["mean"] for a in there.verdict["arms"]]
+
+
+def test_a_method_that_a_short_rung_is_too_short_for_says_how_to_go_on(comparing, monkeypatch):
+    from outlay.comparison.running import Runs
+
+    whole = Runs.one
+
+    def short_refused(self, arm, recipe, seed, where="runs"):
+        if recipe.budget.amount < 6:
+            raise Conflict("it needs 6 steps", "raise the budget")
+        return whole(self, arm, recipe, seed, where)
+
+    monkeypatch.setattr(Runs, "one", short_refused)
+    with pytest.raises(Conflict, match=r"(?s)in a tuning run of 2steps.*tune with halving 1"):
+        comparing("all=full", "head=probe", tune=GRID)
 
 
 def test_tuning_on_the_reported_split_is_refused(comparing):

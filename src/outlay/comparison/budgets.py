@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..core.budget import Budget
 from ..training.recipe import Recipe
 from ..training.runs import Result
-from .formats import duration, listed, prefixed, significant
+from .formats import duration, listed, prefixed
 
 Results = Mapping[str, Mapping[int, Result | None]]
 
@@ -68,18 +68,18 @@ def tolerance(recipe: Recipe, results: Results) -> float:
 def budget_text(recipe: Recipe) -> str:
     """What every run may spend, as "150 steps of 16 examples each"."""
     if recipe.stages:
-        parts = [f"{_amount(s.budget or recipe.budget)} ({s.name})" for s in recipe.stages]
+        parts = [f"{amount_text(s.budget or recipe.budget)} ({s.name})" for s in recipe.stages]
         return f"{listed(parts)}, {recipe.batch.size} examples a step"
     if recipe.budget.unit == "steps":
-        return f"{_amount(recipe.budget)} of {recipe.batch.size} examples each"
-    return f"{_amount(recipe.budget)}, in steps of {recipe.batch.size} examples"
+        return f"{amount_text(recipe.budget)} of {recipe.batch.size} examples each"
+    return f"{amount_text(recipe.budget)}, in steps of {recipe.batch.size} examples"
 
 
 def budget_sentence(recipe: Recipe, results: Results) -> str:
     """In which unit budgets are equal, and how nearly."""
     units = checked_units(recipe)
     words = listed([_WORDS.get(unit, unit) for unit in units])
-    allowed = f"{significant(100 * tolerance(recipe, results), 2)} %"
+    allowed = f"{100 * tolerance(recipe, results):.2g} %"
     text = f"Equal means: as many {words} for every arm, to within {allowed}."
     if units[0] in ("flops", "seconds"):
         text += " Arms whose steps cost less take more steps and see more tokens."
@@ -88,7 +88,8 @@ def budget_sentence(recipe: Recipe, results: Results) -> str:
     return text
 
 
-def _amount(budget: Budget) -> str:
+def amount_text(budget: Budget) -> str:
+    """`150 steps`, `2.00 TFLOP`, `30.0 s`."""
     if budget.unit == "seconds":
         return duration(budget.amount)
     if budget.unit == "flops":

@@ -123,6 +123,9 @@ def compare(
     identity = _identity(recipe, chosen, which, question)
     folder = Path(out) / f"comparison-{recipe.name}-{identity}"
     progress = progress or Quiet()
+    runs = Runs(folder, Path(store or folder), recipe, device, threads, progress)
+    measured = [metric.split("/")[-2], *(["validation"] if question else [])]
+    runs.check_rows(next(iter(recipes.values()), recipe), measured)
     plan = spreads.foresee(
         spreads.recorded(recipe.name, metric, str(recipe.budget), Path(out), without=folder),
         recipe=recipe.name, metric=metric, arms=len(chosen), seeds=len(which), detect=detect,
@@ -130,9 +133,9 @@ def compare(
     plan, changed = _stated(folder, metric, margin, detect, plan)
     for sentence in plan["sentences"]:
         progress.note(sentence)
-    runs = Runs(folder, Path(store or folder), recipe, device, threads, progress)
     tuned: dict[str, tuning.Tuned] = {}
-    said = [*notes, *plan["sentences"]]
+    # The warning repeats what the second sentence says.
+    said = [*notes, *(plan["sentences"][:1] if plan["warning"] else plan["sentences"])]
     if question:
         tuned, found = tuning.tune(runs, recipes, question, folder / "tuning.json")
         recipes = {arm: r.changed(tuned[arm].chosen) for arm, r in recipes.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..core.budget import Budget
+from ..core.errors import ConfigError
 from ..core.meter import FlopTable, Meter
 from ..core.method import Step
 from ..training.checkpoint import write_json
@@ -95,6 +96,20 @@ class Runs:
         self.device, self.threads, self.progress = device, threads, progress
         self.materials: dict[str, Materials] = {}
         self.flops: dict[str, FlopTable] = {}
+
+    def check_rows(self, recipe: Recipe, splits: Sequence[str]) -> None:
+        """Refuse, before any run, to measure on splits without rows.
+
+        Raises:
+            ConfigError: If one of them is empty.
+        """
+        materials = self.shared(recipe)
+        for split in splits:
+            if materials is not None and not materials.splits[split]:
+                raise ConfigError(
+                    f"there are no {split} rows to measure on",
+                    f"give data.{split}_share, or a file as data.{split}",
+                )
 
     def all(
         self, arms: Sequence[Arm], recipes: Mapping[str, Recipe], seeds: Sequence[int]

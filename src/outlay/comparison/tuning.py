@@ -26,6 +26,7 @@ from ..core.budget import Budget
 from ..core.errors import ConfigError, OutlayError
 from ..training.checkpoint import write_json
 from ..training.recipe import Recipe
+from .budgets import amount_text
 from .formats import counted, listed
 from .running import Runs
 
@@ -132,8 +133,7 @@ def tune(
         What was found by arm, and sentences for the report.
 
     Raises:
-        ConfigError: If a setting is unknown or a value not allowed, or the data has no
-            validation rows.
+        ConfigError: If a setting is unknown or a value not allowed.
     """
     grid, tuned = dict(question.grid), {arm: Tuned() for arm in recipes}
     scores: dict[str, dict[Point, float]] = {arm: {} for arm in recipes}
@@ -151,18 +151,18 @@ def tune(
         wider = _extended(grid, best, recipes) if extension < EXTENSIONS else grid
         if wider == grid:
             break
-        notes += [
-            f"The grid of {key} was extended by {value:g} for every arm, because a best value lay "
-            "on its edge."
-            for key in grid
-            for value in wider[key]
-            if value not in grid[key]
-        ]
         grid = wider
+    notes.insert(0, _summary(grid, question, recipes, tuned))
+    extended = {k: [v for v in grid[k] if v not in question.grid[k]] for k in grid}
+    notes += [
+        f"The grid of {key} was extended by {listed([f'{value:g}' for value in values])} for every "
+        "arm, because a best value lay on its edge."
+        for key, values in extended.items()
+        if values
+    ]
     for arm, point in best.items():
         tuned[arm].chosen = dict(zip(grid, point))
         notes += _edge_notes(arm, grid, point, scores[arm][point])
-    notes.insert(0, _summary(grid, question, recipes, tuned))
     write_json(
         record,
         {
@@ -215,19 +215,14 @@ def _score(
         except OutlayError as error:
             if budget is None:
                 raise
-            raise ConfigError(
+            raise type(error)(
                 f"{error.problem} (in a tuning run of {budget})",
-                f"{error.remedy}, or tune with whole runs (halving 1)".lstrip(", "),
+                f"{error.remedy}; if the run is too short for it, tune with halving 1",
             ) from error
         tuned.cost["trials"] += 1
         for unit in CHARGED:
             tuned.cost[unit] += attempt.meter.get(unit, 0)
-        value = attempt.result.metrics.get(question.metric) if attempt.result else math.nan
-        if value is None:
-            raise ConfigError(
-                f"tuning needs {question.metric}, which is not measured",
-                "give data.validation_share or a validation file",
-            )
+        value = attempt.result.metrics[question.metric] if attempt.result else math.nan
         if not math.isfinite(value):
             failure = failure or attempt.failure or f"{question.metric} is {value}"
         values.append(value)
@@ -295,7 +290,9 @@ def _summary(
     rungs: dict[str, int] = {}
     for trial in tuned[some].trials:
         rungs[trial["budget"]] = rungs.get(trial["budget"], 0) + len(question.seeds)
-    lengths = listed([f"{counted(n, 'run')} of {budget}" for budget, n in rungs.items()])
+    lengths = listed(
+        [f"{counted(n, 'run')} of {amount_text(Budget.parse(b))}" for b, n in rungs.items()]
+    )
     own = {str(recipe.budget) for recipe in recipes.values()}
     each = f"for each arm {lengths}" if len(own) == 1 else "by the same rules for each arm"
     return (
