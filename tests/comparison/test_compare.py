@@ -225,6 +225,20 @@ def test_a_cap_is_no_budget(comparing, recipe):
         comparing("a=full", "b=probe", recipe=recipe.changed({"cap": "100parameters"}))
 
 
+def test_extra_passes_stand_in_the_table_under_their_own_names(tmp_path):
+    from cli.conftest import write_material
+
+    write_material(tmp_path)
+    found = compare(
+        Recipe.read(tmp_path / "mine.yaml").changed({"methods": (), "budget": "3steps"}),
+        ["svfit=svfit(rank=4)", "bone=bone(r=4)"],
+        out=tmp_path / "out", seeds=2, device="cpu", threads=1,
+    )  # fmt: skip
+    assert found.results["svfit"][0].meter["svd/flops"] > 0
+    assert 'data-cost="svd/flops"' in found.report.read_text()
+    assert "Svd: FLOPs" in (found.folder / "report.md").read_text()
+
+
 # ---- tuning --------------------------------------------------------------------------------------
 
 GRID = {"optimizer.lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}

@@ -208,8 +208,9 @@ def _score(
     recipe = recipe.changed({**settings, "evaluate.splits": ("validation",)})
     recipe = recipe if budget is None else recipe.changed({"budget": budget})
     values, failure = [], ""
+    point_text = ", ".join(f"{key}={value}" for key, value in settings.items())
     for seed in question.seeds:
-        runs.progress.run_of(f"tuning {arm}", seed, 0, 0)
+        runs.progress.run_of(f"tuning {arm} at {point_text} ({recipe.budget})", seed, 0, 0)
         try:
             attempt = runs.one(arm, recipe, seed, "tuning")
         except OutlayError as error:
