@@ -21,6 +21,7 @@ from outlay.comparison.spreads import pooled
 from outlay.recipes.arms import SUGGESTIONS
 
 TARGET = Path(__file__).parents[1] / "src" / "outlay" / "comparison" / "spreads.json"
+_LORA = "peft(type='LORA', r=8, lora_alpha=16)"
 _TOP = "layers_to_transform=(-2, -1)"
 ARMS: dict[str, tuple[str, ...]] = {
     "digits-cnn": ("all weights=full", "slower=full @ optimizer.lr=1e-3", "head=probe"),
@@ -29,10 +30,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "minilm-questions": SUGGESTIONS["minilm-questions"].arms[2:],
     "glass-lm": SUGGESTIONS["glass-lm"].arms,
     "minilm-reviews": (
-        f"bone=bone(r=8, {_TOP}) @ optimizer.lr=3e-3",
+        f"lora={_LORA[:-1]}, layers_to_transform=[4, 5]) @ optimizer.lr=3e-3",
         f"svfit=svfit(rank=64, {_TOP}) @ optimizer.lr=3e-1",
+        "head=probe",
     ),
-    "minilm-questions-full": ("lora=peft(type='LORA', r=8, lora_alpha=16)", "bone=bone(r=8)"),
+    "minilm-questions-full": (f"lora={_LORA}", "bone=bone(r=8)"),
 }
 SEEDS = {"glass-lm": 4, "minilm-reviews": 4, "minilm-questions-full": 4}
 """Fewer where a run takes minutes."""
