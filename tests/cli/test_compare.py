@@ -113,3 +113,69 @@ def test_grids_are_read():
     assert _grid("batch.size=[8, 16]") == ("batch.size", [8, 16])
     with pytest.raises(ConfigError, match=re.escape("a grid of at least two")):
         _grid("optimizer.lr=1e-3")
+
+
+def test_a_key_alone_is_tuned_over_a_grid_of_its_own(work):
+    from outlay.training.recipe import Recipe
+
+    recipe = Recipe.read("mine.yaml")
+    own = {"optimizer.lr": (1e-4, 1e-3)}
+    assert verb.grids(["optimizer.lr"], recipe, own) == {"optimizer.lr": [1e-4, 1e-3]}
+    assert verb.grids(["recipe"], recipe, own) == {"optimizer.lr": [1e-4, 1e-3]}
+    assert verb.grids(["optimizer.lr"], recipe, {}) == {
+        "optimizer.lr": [0.001, 0.003, 0.01, 0.03, 0.1]
+    }
+    assert verb.grids(["batch.size"], recipe, {}) == {"batch.size": [1, 2, 8, 24, 80]}
+    assert verb.grids(["optimizer.lr=1,2", "batch.size=4,8"], recipe, {}) == {
+        "optimizer.lr": [1, 2], "batch.size": [4, 8],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="has no grid of its own"):
+        verb.grids(["recipe"], recipe, {})
+    with pytest.raises(ConfigError, match="from which no grid follows"):
+        verb.grids(["optimizer.rate"], recipe, {})
+
+
+def test_tuning_and_what_the_seeds_can_show_are_printed(outlay, work):
+    arms = ("--set", "methods=[]", "--arm", "small=bone(r=2)", "--arm", "head=probe")
+    answer = outlay(
+        "compare", "mine.yaml", *arms, "--seeds", "2", "--budget", "4steps", "--metric",
+        "test/loss", "--tune", "optimizer.lr=1e-3,1e-2,3e-2", "--detect", "0.1",
+    )  # fmt: skip
+    assert answer.code == 0
+    assert "No seed spread of test/loss is recorded for mine" in answer.err
+    assert "FLOPs with tuning" in answer.out and "tuning runs" in answer.out
+    again = outlay(
+        "compare", "mine.yaml", *arms, "--seeds", "2", "--budget", "4steps", "--metric",
+        "test/loss", "--detect", "1e-4", "--json",
+    )  # fmt: skip
+    assert "A difference of 0.000100 test/loss takes" in again.err
+    assert again.json["plan"]["seeds_needed"] > 2
+    refused = outlay("compare", "mine.yaml", *arms, "--seeds", "1")
+    assert refused.code == 2 and "one seed cannot tell" in refused.err
+    split = outlay("compare", "mine.yaml", *arms, "--metric", "validation/loss",
+                   "--tune", "optimizer.lr=1e-3,1e-2")  # fmt: skip
+    assert split.code == 2 and "report test/loss" in split.err
+
+
+def test_seeds_that_one_arm_lacks_are_said(outlay, work):
+    arms = ("--set", "methods=[]", "--arm", "small=bone(r=2)", "--arm", "head=probe")
+    answer = outlay("compare", "mine.yaml", *arms, "--seeds", "3", "--budget", "3steps", "--json",
+                    "--quiet")  # fmt: skip
+    folders = sorted(Path(answer.json["folder"]).glob("runs/*"))
+    left = [f for f in folders if not f.name.startswith("head-seed1")]
+    assert len(left) == 5
+    found = outlay("report", *left, "--out", "page", "--metric", "test/loss", "--json").json
+    by_name = {arm["name"]: arm for arm in found["arms"]}
+    assert by_name["head"]["outcome"] == "missing_seeds" and found["pairs"][0]["seeds"] == 2
+    assert "head was not run with seed 1" in (work / "page" / "report.md").read_text()
+
+
+def test_report_does_not_rank_runs_of_unequal_budgets(outlay, work):
+    folders = [
+        outlay("run", "mine.yaml", "--json", "--quiet", "--set", "methods=[]", "--seed", seed,
+               "--budget", budget, "--method", method).last["folder"]
+        for seed in (0, 1)
+        for budget, method in (("3steps", "probe"), ("5steps", "full"))
+    ]  # fmt: skip
+    found = outlay("report", *folders, "--out", "page", "--json").json
+    assert [pair["outcome"] for pair in found["pairs"]] == ["unequal_budget"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -29,7 +30,7 @@ from .options import (
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    pass
+    from ..training.recipe import Recipe
 
 OWN_GRID = "recipe"
 
@@ -54,9 +55,26 @@ Margin = Annotated[
 Tune = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
-        metavar="KEY=A,B,C",
-        help="Tune a setting over a grid, equally for every arm, on the validation split; "
-        "the word recipe takes the recipe's own grid.",
+        metavar="KEY[=A,B,C]",
+        help="Tune a setting, equally for every arm and charged to it, on the validation split; "
+        "a key alone takes the recipe's own grid for it, or its value times 0.1, 0.3, 1, 3 and "
+        "10; the word recipe takes the recipe's whole grid; several are tried in all "
+        "combinations.",
+    ),
+]
+TuningSeeds = Annotated[int, typer.Option(min=1, help="Runs of each point in tuning.")]
+Halving = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="In tuning, one point in so many gets the whole budget, the others a quarter of it; "
+        "1 gives it to all.",
+    ),
+]
+Detect = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        help="Difference that you want to see: says how many seeds it takes, and sets nothing."
     ),
 ]
 
@@ -67,7 +85,10 @@ def compare(
     seeds: Seeds = 6,
     metric: Metric = None,
     margin: Margin = None,
+    detect: Detect = None,
     tune: Tune = None,
+    tuning_seeds: TuningSeeds = 1,
+    halving: Halving = 3,
     budget: BudgetText = None,
     method: Methods = None,
     settings: Settings = None,
@@ -82,8 +103,8 @@ def compare(
 ) -> None:
     """Compare arms under one equal budget: paired intervals, ties as groups, and a report.
 
-    Each arm adds its methods to the recipe's. Interrupted, the same command goes on at the run
-    it was in.
+    Each arm adds its methods to the recipe's. Before the first run it says the smallest
+    difference that the seeds can show. Interrupted, the same command goes on at the run it was in.
     """
     suggested = suggestion(recipe)
     arms = list(arm or suggested.arms)
@@ -93,14 +114,12 @@ def compare(
             f"{len(arms)} arm{'s are' if not arms else ' is'} given, a comparison needs two",
             'give --arm "NAME=bone(r=16)" twice or more',
         )
-    grid = dict(map(_grid, (t for t in tune or () if t != OWN_GRID)))
-    if tune and OWN_GRID in tune:
-        grid |= {key: list(values) for key, values in suggested.grid.items()}
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
     progress = progress_for(quiet, no_progress)
     try:
         with progress.waiting("starting"):
             from ..comparison.compare import compare as run_arms
+        grid = grids(tune or (), chosen, suggested.grid)
         found = run_arms(
             chosen,
             arms,
@@ -108,7 +127,10 @@ def compare(
             out=out,
             metric=metric,
             margin=margin,
+            detect=detect,
             tune=grid or None,
+            tuning_seeds=tuning_seeds,
+            halving=halving,
             device=device,
             threads=threads,
             progress=progress,
@@ -125,6 +147,38 @@ def compare(
         screen.put_json(found.to_json())
     elif not quiet:
         show(found.to_json())
+
+
+def grids(
+    texts: Sequence[str], recipe: Recipe, own: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Any]]:
+    """What `--tune` asks for.
+
+    Args:
+        texts: As typed: `recipe`, `KEY` or `KEY=A,B,C`; the last of one key counts.
+        recipe: Whose value a key without a grid is scaled from.
+        own: The recipe's own grids.
+
+    Raises:
+        ConfigError: If the recipe has no grid, or a key has no value to scale.
+    """
+    from ..comparison.tuning import ladder
+
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        if text == OWN_GRID:
+            if not own:
+                raise ConfigError(
+                    f"recipe {recipe.name} has no grid of its own",
+                    "give --tune optimizer.lr, or --tune optimizer.lr=1e-3,3e-3",
+                )
+            found |= {key: list(values) for key, values in own.items()}
+        elif "=" in text:
+            key, values = _grid(text)
+            found[key] = values
+        else:
+            found[text.strip()] = list(own.get(text.strip()) or ladder(recipe, text.strip()))
+    return found
 
 
 def _grid(text: str) -> tuple[str, list[Any]]:
@@ -144,10 +198,12 @@ def _grid(text: str) -> tuple[str, list[Any]]:
 def show(found: dict[str, Any]) -> None:
     """Print a comparison: arms, paired differences, groups, and where the report is."""
     out = screen.console()
+    tuned = any(a.get("tuning") for a in found["arms"])
+    charged = ("tuning runs", "FLOPs with tuning") if tuned else ()
     out.print(
         screen.table(
             "Arms",
-            ("arm", "trainable", "seeds", "mean", "interval"),
+            ("arm", "trainable", "seeds", "mean", "interval", *charged),
             [
                 (
                     a["name"],
@@ -155,10 +211,11 @@ def show(found: dict[str, Any]) -> None:
                     a["seeds"],
                     _figure(a["mean"]),
                     _interval(a["interval"]),
+                    *(_charged(a) if tuned else ()),
                 )
                 for a in _best_first(found)
             ],
-            right=("trainable", "seeds", "mean"),
+            right=("trainable", "seeds", "mean", *charged),
         )
     )
     if found["arms"]:
@@ -194,6 +251,15 @@ def show(found: dict[str, Any]) -> None:
     for sentence in found.get("sentences", ()):
         out.print(f"note: {sentence}", markup=False)
     out.print(f"report: {found['report']}", markup=False, soft_wrap=True)
+
+
+def _charged(arm: dict[str, Any]) -> tuple[str, str]:
+    """Runs of an arm's tuning, and the FLOPs of one run and its tuning together."""
+    runs = arm["tuning"]["trials"] if arm["tuning"] else None
+    return (
+        screen.amount(runs),
+        _figure(arm["total"]["flops"] if arm["total"] else None),
+    )
 
 
 def _best_first(found: dict[str, Any]) -> list[dict[str, Any]]:

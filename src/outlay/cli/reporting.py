@@ -201,11 +201,11 @@ def _judged(
     from ..comparison.judge import judge
 
     spent = {
-        unit: {
-            arm: {r.result.seed: r.result.meter[unit] for r in runs if arms[r.folder] == arm}
-            for arm in table
+        arm: {
+            unit: {r.result.seed: r.result.meter[unit] for r in runs if arms[r.folder] == arm}
+            for unit in ("steps", "tokens")
         }
-        for unit in ("steps", "tokens")
+        for arm in table
     }
     trainable = {arms[r.folder]: r.result.meter.get("trainable_parameters") for r in runs}
     return judge(

@@ -164,6 +164,11 @@ def _ask(
         )
     if margin is not None:
         st.inside_margin((0.0, 0.0), margin)
+    if strangers := sorted(set(spent) - set(table)):
+        raise ConfigError(
+            f"budgets are given for {listed(strangers)}, which are no arms here",
+            "give them by arm, then by unit",
+        )
     every_seed = sorted({seed for values in table.values() for seed in values})
     if len(table) > 1 and len(every_seed) < 2:
         raise ConfigError(

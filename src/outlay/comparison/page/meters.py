@@ -54,6 +54,23 @@ METERS = {
     "parameter_updates": MeterText(
         "Parameter updates", "count", "Trainable parameters summed over the steps."
     ),
+    "total/flops": MeterText(
+        "FLOPs with tuning",
+        "flops",
+        "One run, mean over seeds, and all of the arm's tuning: what a tuned model costs.",
+    ),
+    "total/seconds": MeterText(
+        "Time with tuning", "seconds", "One run, mean over seeds, and all of the arm's tuning."
+    ),
+    "tuning/trials": MeterText(
+        "Tuning: runs", "count", "Runs on the validation split that chose the arm's settings."
+    ),
+    "tuning/steps": MeterText("Tuning: steps", "count", "Optimizer steps of all tuning runs."),
+    "tuning/tokens": MeterText("Tuning: tokens", "count", "Tokens of all tuning runs."),
+    "tuning/flops": MeterText(
+        "Tuning: FLOPs", "flops", "Floating-point operations of all tuning runs."
+    ),
+    "tuning/seconds": MeterText("Tuning: time", "seconds", "Time of all tuning runs."),
 }
 _KINDS = {"flops": "flops", "seconds": "seconds", "bytes": "bytes"}
 
@@ -72,6 +89,8 @@ def meter_text(key: str) -> MeterText:
 def meter_means(data: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Meter to arm to its mean over the runs that are done; known meters first.
 
+    What an arm spent outside its runs (`arm_meters`) is taken as it is.
+
     Args:
         data: From `report_data.completed`.
     """
@@ -86,6 +105,9 @@ def meter_means(data: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for arm in data["arms"]:
         if arm["name"] not in trainable and arm.get("trainable") is not None:
             trainable[arm["name"]] = [arm["trainable"]]
+    for name, amounts in data["arm_meters"].items():
+        for key, amount in amounts.items():
+            sums.setdefault(key, {})[name] = [amount]
     known = [key for key in METERS if sums.get(key)]
     extra = sorted(key for key in sums if key not in METERS and sums[key])
     return {

@@ -67,6 +67,8 @@ class ReportData(TypedDict):
         command: What to type to get this report again.
         notes: Sentences for the reader, as "Learning rates were not tuned here."
         arm_notes: Arm to a short remark that stands beside its name.
+        arm_meters: Arm to what it spent outside its runs, as `tuning/flops`, and to totals with
+            that added, as `total/flops`.
     """
 
     title: str
@@ -91,6 +93,7 @@ class ReportData(TypedDict):
     command: NotRequired[str]
     notes: NotRequired[Sequence[str]]
     arm_notes: NotRequired[Mapping[str, str]]
+    arm_meters: NotRequired[Mapping[str, Mapping[str, float]]]
 
 
 def completed(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +130,7 @@ def completed(data: Mapping[str, Any]) -> dict[str, Any]:
         "pairs": [], "verdicts": [], "ties": [], "outcome": "described", "sentence": "",
         "sentences": [], "alpha": 0.05, "margin": None, "recipes": {}, "versions": {},
         "hardware": "", "command": "", "notes": [], "arm_notes": {},
+        "arm_meters": {},
     }  # fmt: skip
     whole |= {key: value for key, value in data.items() if key != "runs"}
     whole["runs"] = [{k: v for k, v in run.items() if k != "curves"} for run in data["runs"]]

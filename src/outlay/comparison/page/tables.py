@@ -216,17 +216,18 @@ def runs_table(data: Mapping[str, Any], meters: Mapping[str, Any]) -> Table:
         Column("seed", "Seed", "Runs with the same seed are paired.", str),
         Column("status", "Status", "done, stopped or failed.", numeric=False),
     ]
-    taken = {"arm", "seed", "status", *meters}
+    counted = [key for key in meters if any(key in run["meter"] for run in data["runs"])]
+    taken = {"arm", "seed", "status", *counted}
     columns += [
         Column(f"metric {name}" if name in taken else name, name, "Final value.", significant)
         for name in metrics
     ]
-    for key in meters:
+    for key in counted:
         text = meter_text(key)
         columns.append(Column(key, text.label, text.explanation, text.write))
     rows = [
         [run["arm"], run["seed"], run["status"], *(run["metrics"].get(name) for name in metrics),
-         *(run["meter"].get(key) for key in meters)]
+         *(run["meter"].get(key) for key in counted)]
         for run in data["runs"]
     ]  # fmt: skip
     return Table("runs", columns, rows)
