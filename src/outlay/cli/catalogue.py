@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -26,19 +25,9 @@ Group = Annotated[
 
 def verdict(paper: int | None) -> dict[str, Any]:
     """What the replication of a paper found; status "untested" if there is none."""
-    from ..core.registry import ROOT
+    from ..replications import recorded
 
-    found: list[Any] = []
-    if paper is not None:
-        found = sorted((ROOT / "replications").glob(f"{paper:02d}_*.json"))
-    for path in found:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content.get("verdict"):
-            return {**content, "status": str(content["verdict"])}
-    return {"status": "untested"}
+    return recorded(paper)
 
 
 def row(entry: Entry) -> dict[str, Any]:
@@ -132,7 +121,7 @@ def show(
                 ("claims", "; ".join(f"{word} ({WORDS[word]})" for word in whole["claims"])),
                 ("saves", ", ".join(card.saves)),
                 ("splitting", card.scope == "micro" and "a step's micro-batches change the result"),
-                ("status", seen["status"]),
+                ("status", _status(seen)),
                 ("example", whole["example"]),
             ]
         )
@@ -153,6 +142,12 @@ def show(
     sentences = seen.get("sentences") or ([seen["sentence"]] if seen.get("sentence") else [])
     for sentence in sentences:
         out.print(str(sentence), markup=False)
+
+
+def _status(seen: dict[str, Any]) -> str:
+    """The verdict, and at which size and when it was found."""
+    when = ", ".join(str(seen[key]) for key in ("size", "date") if seen.get(key))
+    return f"{seen['status']} ({when})" if when else str(seen["status"])
 
 
 def example(entry: Entry, about: Described) -> str:
