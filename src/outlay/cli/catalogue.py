@@ -32,11 +32,12 @@ def verdict(paper: int | None) -> dict[str, Any]:
 
 def row(entry: Entry) -> dict[str, Any]:
     """One line of `outlay list --json`."""
-    card = entry.card
+    card, seen = entry.card, verdict(entry.card.paper)
     return {
         "name": card.name, "paper": card.paper, "title": card.title, "arxiv": card.arxiv or None,
         "group": card.group, "places": list(entry.places), "claims": sorted(card.claims),
-        "saves": sorted(card.saves), "status": verdict(card.paper)["status"],
+        "saves": sorted(card.saves), "status": seen["status"],
+        "sentence": seen.get("sentence"), "date": seen.get("date"),
         "summary": card.summary, "kind": entry.kind,
     }  # fmt: skip
 
@@ -69,11 +70,14 @@ def list_methods(
         members = [r for r in rows if r["group"] == name]
         lines += [(f"{name}:", "", "", "", "")] + [
             (f"  {r['name']}", r["summary"] or r["title"], _places(r["places"]), r["arxiv"],
-             r["status"])
+             " ".join(filter(None, (r["status"], r["date"]))))
             for r in members
         ]  # fmt: skip
     columns = ("method", "what it does", "acts on", "arXiv", "status")
     screen.console().print(screen.table("", columns, lines))
+    for r in rows:
+        if r["sentence"]:
+            screen.console().print(f"{r['name']}: {r['sentence']}", markup=False)
     screen.note("`outlay show NAME` explains one; `outlay cite NAME` gives its BibTeX.", quiet)
 
 

@@ -32,7 +32,8 @@ class Size:
     Attributes:
         name: "smoke", "cpu" or "gpu".
         seeds: Seeds of every arm at each look.
-        minutes: Wall-clock minutes a task, after which no more seeds are begun.
+        minutes: Minutes a task, after which no more seeds are begun; on a CPU shared with others
+            only the process's own time counts.
         noise_seeds: Runs of the baseline that measure its seed noise; 0 measures none.
         tuning_seeds: Runs of each point of the grid; 0 tunes nothing.
         verdict: False if nothing may be concluded at this size.
@@ -172,7 +173,7 @@ def replicate(
         out: Folder of everything; run folders lie in its `store`, which replications share, so
             that equal runs are not repeated.
         record: A second folder that the ledger file is written to, if there is a verdict.
-        minutes: Wall-clock minutes a task, in place of the size's.
+        minutes: Minutes a task, in place of the size's.
         device: As for `run`.
         threads: As for `run`.
         progress: As for `compare`.

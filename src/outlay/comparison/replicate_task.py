@@ -30,6 +30,7 @@ from .verdicts import (
 if TYPE_CHECKING:
     from .replicate import Replication, Size, Task
 
+TUNED_BEFORE = "Learning rates were tuned with the first seeds, on validation and equally."
 NOISE_SEED = 1000
 """First seed of the runs that measure noise: no verdict uses them."""
 
@@ -37,27 +38,39 @@ NOISE_SEED = 1000
 class Clock:
     """Passes a comparison on to whatever shows it, and keeps on disk what the task took.
 
+    On a CPU that others use too, time spent waiting for it is not the task's: what counts is the
+    smaller of the wall clock and the process's own CPU time.
+
     Args:
         path: A JSON file with seconds and stages; stages are [arms, seeds] as they were decided,
             so that a task that goes on does not decide anew.
         shown: What shows the comparison; None shows nothing.
+        on_cpu: The work is done by this process; False takes the wall clock.
     """
 
-    def __init__(self, path: Path, shown: Any = None) -> None:
-        self.path, self.shown = path, shown
-        self.state: dict[str, Any] = {"seconds": 0.0, "stages": []}
+    def __init__(self, path: Path, shown: Any = None, on_cpu: bool = True) -> None:
+        self.path, self.shown, self.on_cpu = path, shown, on_cpu
+        self.state: dict[str, Any] = {"seconds": 0.0, "wall": 0.0, "stages": []}
         if path.exists():
             self.state = json.loads(path.read_text(encoding="utf-8"))
-        self.before, self.began = float(self.state["seconds"]), time.monotonic()
+        self.before = (float(self.state["seconds"]), float(self.state["wall"]))
+        self.began = (time.monotonic(), time.process_time())
+
+    @property
+    def wall(self) -> float:
+        """Wall-clock seconds of all sittings."""
+        return self.before[1] + time.monotonic() - self.began[0]
 
     @property
     def seconds(self) -> float:
-        """Wall-clock spent on this task in all sittings."""
-        return self.before + time.monotonic() - self.began
+        """Seconds that count, of all sittings."""
+        wall = time.monotonic() - self.began[0]
+        own = time.process_time() - self.began[1]
+        return self.before[0] + (min(wall, own) if self.on_cpu else wall)
 
     def save(self) -> None:
         """Write what was spent and decided so far."""
-        self.state["seconds"] = self.seconds
+        self.state |= {"seconds": self.seconds, "wall": self.wall}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.state), encoding="utf-8")
@@ -85,6 +98,13 @@ class Clock:
             self.shown.note(text)
 
 
+def _on_cpu(options: Mapping[str, Any]) -> bool:
+    """True if the runs take place on the CPU."""
+    from ..training.backend import OneDevice
+
+    return OneDevice(str(options.get("device", "auto")), "float32").device.type == "cpu"
+
+
 class TaskRun:
     """Runs one task of a replication.
 
@@ -94,7 +114,7 @@ class TaskRun:
         size: How much is spent.
         folder: Where the task's comparisons go.
         store: Where run folders go, shared with others.
-        minutes: Wall-clock minutes after which no more seeds are begun.
+        minutes: Minutes (see `Clock`) after which no more seeds are begun.
         options: device, threads and command of `compare`.
         progress: Shows it.
     """
@@ -113,7 +133,7 @@ class TaskRun:
         self.replication, self.task, self.size = replication, task, size
         self.folder, self.store, self.minutes = folder, store, minutes
         self.options = dict(options)
-        self.clock = Clock(folder / "clock.json", progress)
+        self.clock = Clock(folder / "clock.json", progress, on_cpu=_on_cpu(self.options))
         self.recipe = task.recipe_at(size.name)
         self.arms = {arm.name: arm for arm in task.arms_at(size.name)}
         self.claims = replication.claims_on(task.name)
@@ -140,6 +160,7 @@ class TaskRun:
             "tuning": {"grid": {k: list(v) for k, v in self.replication.grid.items()},
                        "seeds": self.size.tuning_seeds, "chosen": self.tuned},
             "minutes": round(self.clock.seconds / 60, 2), "minutes_allowed": self.minutes,
+            "minutes_on_the_wall": round(self.clock.wall / 60, 2),
             "note": self.task.note, "report": self.report,
         }  # fmt: skip
 
@@ -160,7 +181,8 @@ class TaskRun:
         )
         floor = self.task.floor
         facts: dict[str, Any] = {
-            "baseline": names[0], "metric": metric, "seeds": len(base),
+            "baseline": names[0], "settings": dict(self.arms[names[0]].settings),
+            "metric": metric, "seeds": len(base),
             "mean": float(np.mean(base)) if base else None,
             "spread": float(np.std(base, ddof=1)) if len(base) > 1 else None,
             "floor": floor, "floor_source": self.task.floor_source,
@@ -199,7 +221,8 @@ class TaskRun:
             stages[look - 1 : look] = [planned]
             names, seeds = planned
             cut = seeds < looks[look]
-            self._take(self._compared(names, seeds), last=cut or look == len(looks) - 1)
+            found = self._compared(names, seeds, notes=[TUNED_BEFORE] if self.tuned else [])
+            self._take(found, last=cut or look == len(looks) - 1)
             if cut:
                 break
         self._judge(last=True)
@@ -237,9 +260,10 @@ class TaskRun:
         return best
 
     def seconds_a_run(self, names: Sequence[str]) -> float:
-        """Mean wall-clock of the runs that there are of these arms, in seconds."""
+        """Mean of the runs that there are of these arms, in seconds that count."""
         seconds = [r.seconds for n in names for r in self.results[n].values() if r is not None]
-        return max(1e-3, float(np.mean(seconds))) if seconds else 1.0
+        share = self.clock.seconds / max(self.clock.wall, 1e-3)
+        return max(1e-3, share * float(np.mean(seconds))) if seconds else 1.0
 
     def _compared(self, names: Sequence[str], seeds: Any, **settings: Any) -> Comparison:
         """A comparison of some of the arms, with the learning rates that were tuned."""
