@@ -42,7 +42,7 @@ _HOMES = {
     "disable_adapters": "nn.adapter",
     "load_adapter": "bridges.peft",
     "merge_adapters": "nn.adapter",
-    "plan": "training.plan",
+    "plan": "training.planning.plan",
     "run": "training.runs",
     "save_adapter": "bridges.peft",
     "set_adapter": "nn.adapter",

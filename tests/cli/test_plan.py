@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from outlay.training import plan as planning
+from outlay.training.planning import plan as planning
 
 MEMORY = {"weights", "gradients", "optimizer", "activations", "peak"}
 

@@ -26,6 +26,26 @@ def test_run_gives_one_json_object_last(outlay, work):
     assert "already done" in again.err
 
 
+def test_the_plan_lies_beside_what_was_measured(outlay, work):
+    planned = outlay("plan", "mine.yaml", "--json").json
+    found = outlay("run", "mine.yaml", "--json", "--quiet").last
+    written = json.loads((work / found["folder"] / "plan.json").read_text())
+    free = {"memory_bytes", "fits", "notes"}
+    assert {k: v for k, v in written.items() if k not in free} == {
+        k: v for k, v in planned.items() if k not in free
+    }
+    assert written["flops"] == pytest.approx(found["meter"]["flops"], rel=0.01)
+
+
+def test_a_run_that_cannot_be_planned_runs(outlay, work, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("an operator without a fake")
+
+    monkeypatch.setattr("outlay.training.planning.plan.plan", broken)
+    answer = outlay("run", "mine.yaml", "--json")
+    assert answer.last["status"] == "done" and "no plan was made (RuntimeError)" in answer.err
+
+
 def test_equal_runs_print_equal_weights(outlay, work):
     calls = [
         outlay("run", "mine.yaml", "--json", "--quiet", "--out", out, "--seed", seed).last

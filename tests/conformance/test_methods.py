@@ -15,7 +15,7 @@ from outlay.core.method import OnModel
 from outlay.nn.targets import head_modules
 from outlay.training import checkpoint
 from outlay.training.models.export import save_model
-from outlay.training.plan import plan
+from outlay.training.planning.plan import plan
 from outlay.training.recipe import Recipe
 
 SPECS = settings.specs()

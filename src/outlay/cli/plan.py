@@ -23,7 +23,7 @@ from .options import (
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    from ..training.plan import Plan
+    from ..training.planning.plan import Plan
 
 REFUSED = 3
 Measure = Annotated[
@@ -52,7 +52,7 @@ def plan(
     chosen = open_recipe(recipe, seed=seed, budget=budget, methods=method, settings=settings)
     progress = progress_for(quiet)
     with progress.waiting("taking a few steps" if measure else "counting"):
-        from ..training.plan import plan as work_out
+        from ..training.planning.plan import plan as work_out
 
         if threads is not None:
             import torch

@@ -58,7 +58,6 @@ class _Clocked(Hidden):
         super().__init__()
         self.began = time.perf_counter()
         self.name, self.budget = "", None
-        """A run of a comparison begins."""
         self.arm, self.index, self.total = "", 0, 0
         self.stage_began = self.last = self.began
         self.first: tuple[float, int] | None = None
@@ -73,7 +72,8 @@ class _Clocked(Hidden):
     def run_of(self, arm: str, seed: int, index: int, total: int) -> None:
         """A run of a comparison begins."""
         self.arm, self.index, self.total = f"{arm}, seed {seed}", index, total
-        self.runs_began = self.runs_began or time.perf_counter()
+        if index == 1 or self.runs_began is None:
+            self.runs_began = time.perf_counter()
 
     def step(self, step: Step, values: dict[str, Any], meter: Meter) -> None:
         """A step was taken; most of them show nothing."""

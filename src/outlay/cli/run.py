@@ -87,7 +87,7 @@ def run(
         folder = resume or out / f"{chosen.name}-{runs.identity(chosen, materials)}"
         result = runs.run(
             chosen, out=out, device=device, threads=threads, resume=resume, progress=progress,
-            materials=materials,
+            materials=materials, plan=True,
         )  # fmt: skip
     except Exception as error:
         progress.close()

@@ -132,6 +132,7 @@ class FrozenPrefix:
         self.store = PrefixStore()
         self.seen: set[Any] = set()
         self._mark: tuple[Any, ...] = ()
+        self._pretends = False  # tensors have shapes alone, so tokens cannot be read
         self._real = [self.blocks[i] for i in range(self.depth)]
 
     def _below(self, name: str) -> bool:
@@ -147,9 +148,9 @@ class FrozenPrefix:
 
     def _keys(self, batch: Batch) -> list[Any]:
         """Id and tokens of each row: two splits may have one id for different rows."""
-        tokens = batch["input_ids"]
-        if tokens.device.type == "meta" or not hasattr(tokens, "numpy"):
+        if self._pretends:
             return list(batch["ids"])
+        tokens = batch["input_ids"]
         lengths = batch["attention_mask"].sum(1).tolist()
         rows = tokens.cpu().numpy()
         return [
@@ -211,6 +212,7 @@ class FrozenPrefix:
             self.store.rows |= dict(zip(self._keys(batch), torch.empty_like(hidden).unbind()))
             raise _Enough
 
+        self._pretends = True
         self._stop_at_block(take, batch)
         self.seen.update(self._keys(batch))
         self._mark = tuple((id(p), p._version) for p in self._lower())

@@ -2,7 +2,8 @@
 
 A run's folder is `NAME-HASH`; the hash is over the resolved recipe, the data's and the model's
 fingerprints and the version, so the same command continues and a changed setting is another
-folder. Inside lie recipe.yaml, metrics.jsonl, checkpoints/, stages/, trained/ and result.json.
+folder. Inside lie recipe.yaml, run.json, plan.json where it was asked for, metrics.jsonl,
+checkpoints/, stages/, trained/ and result.json.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def run(
     materials: Materials | None = None,
     flops: FlopTable | None = None,
     pools: dict[str, Any] | None = None,
+    plan: bool = False,
 ) -> Result:
     """Train a recipe, or go on with it where it stopped.
 
@@ -147,6 +149,7 @@ def run(
         materials: Data and model already loaded for this recipe.
         flops: FLOP table shared with runs of equal shape.
         pools: A pool of its own kind for a stage, by stage name.
+        plan: Work out beforehand what it costs, into plan.json.
 
     Returns:
         The result; a run that is already done returns what it recorded.
@@ -175,6 +178,8 @@ def run(
     try:
         with checkpoint.locked(folder):
             _write_recipe(folder, recipe, materials)
+            if plan:
+                _write_plan(folder, recipe, materials, device, progress)
             runner = Runner(
                 recipe, materials, folder, backend, progress, trackers, flops or FlopTable(),
                 pools or {},
@@ -215,6 +220,27 @@ def _write_recipe(folder: Path, recipe: Recipe, materials: Materials) -> None:
         "labels": list(materials.labels.names),
     }
     checkpoint.write_json(folder / "run.json", facts)
+
+
+def _write_plan(
+    folder: Path, recipe: Recipe, materials: Materials, device: str, progress: Progress
+) -> None:
+    """plan.json; what cannot be planned can be run all the same."""
+    from .planning.plan import plan
+
+    target = folder / "plan.json"
+    if target.exists():
+        return
+    try:
+        planned = plan(recipe, device=device, materials=materials)
+    except OutlayError:
+        raise
+    except Exception as error:
+        progress.note(f"no plan was made ({type(error).__name__}); the run goes on without one")
+        return
+    checkpoint.write_json(target, planned.to_json())
+    if not planned.fits:
+        progress.note(f"this may not fit: {planned.notes[-1]}")
 
 
 def _compare_for_resume(folder: Path, recipe: Recipe) -> None:

@@ -1,0 +1,93 @@
+"""Batch shapes that a run will draw, and how values between them are read off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...core.losses import Batch
+from ...core.method import Context, OnBatch, Step
+from ..assemble import expected_steps
+from ..backend import batch_key
+from ..data.batch import Drawer
+from ..data.pool import Pool
+from ..materials import Materials
+from ..recipe import Recipe
+
+_LOOKED_AT = 200  # steps whose real batch shapes are drawn; longer runs are extrapolated
+_SHAPES = 6  # shapes that are worked out one by one; others are interpolated by tokens
+
+
+@dataclass
+class Shape:
+    """One batch shape that the run will draw, and how often."""
+
+    key: Any
+    batch: Batch
+    count: int
+    cells: int
+    fresh: int  # of the count, those with a row that comes for the first time
+
+
+def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
+    """Micro-batch shapes of the first steps, in the run's own order."""
+    context = Context(budget=recipe.budget, seed=recipe.seed, tokenizer=materials.tokenizer)
+    pool = Pool(materials.train, recipe.seed)
+    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool)
+    spec = recipe.batch.model_copy(update={"prefetch": 0})
+    methods = [m for m in recipe.methods if isinstance(m, OnBatch)]
+    drawer = Drawer(pool, spec, methods, context)
+    counts: Counter[Any] = Counter()
+    fresh: Counter[Any] = Counter()
+    seen: dict[Any, Batch] = {}
+    rows: set[Any] = set()
+    for index in range(min(context.total_steps or _LOOKED_AT, _LOOKED_AT)):
+        for batch in drawer.draw(Step(index, 0.0, recipe.seed)):
+            key = batch_key(batch)
+            counts[key] += 1
+            fresh[key] += not rows.issuperset(batch["ids"])
+            rows.update(batch["ids"])
+            seen.setdefault(key, batch)
+    cells = {key: sum(v.numel() for v in batch.values() if _is(v)) for key, batch in seen.items()}
+    return [Shape(key, seen[key], n, cells[key], fresh[key]) for key, n in counts.items()]
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def some_of(shapes: list[Shape]) -> list[Shape]:
+    """All shapes, or if there are many, ones spread over the sizes."""
+    ordered = sorted(shapes, key=lambda shape: shape.cells)
+    if len(ordered) <= _SHAPES:
+        return ordered
+    picks = {round(i * (len(ordered) - 1) / (_SHAPES - 1)) for i in range(_SHAPES)}
+    return [ordered[index] for index in sorted(picks)]
+
+
+def spread(shapes: list[Shape], known: dict[Any, float]) -> dict[Any, float]:
+    """A value for every shape: known ones, and a quadratic in size between them."""
+    import numpy as np
+
+    if len(known) == len(shapes):
+        return known
+    points = [(shape.cells, known[shape.key]) for shape in shapes if shape.key in known]
+    x, y = np.array(points, dtype=float).T
+    curve = np.polyfit(x, y, 2)
+    return {
+        shape.key: known.get(shape.key, float(np.polyval(curve, shape.cells))) for shape in shapes
+    }
+
+
+def share_of_new_rows(
+    recipe: Recipe, materials: Materials, shapes: list[Shape], steps: int
+) -> float:
+    """Micro-batches with new rows in the whole run, over those among the drawn ones."""
+    size = recipe.batch.micro or recipe.batch.size
+    drawn, fresh = sum(shape.count for shape in shapes), sum(shape.fresh for shape in shapes)
+    to_come = max(0, steps * recipe.batch.size // size - drawn)
+    unseen = max(0, len(materials.train) - fresh * size)
+    return 1 + min(to_come, -(-unseen // size)) / fresh
