@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from outlay import recipes
 from outlay.comparison import replicate_task
 from outlay.comparison.compare import Comparison
 from outlay.comparison.quantities import Quantities, early_loss
@@ -371,3 +372,14 @@ def test_quantities_by_name():
     assert own.measured("seconds", "a", recipe, result) == 3.0
     with pytest.raises(ConfigError, match="second"):
         own.measured("second", "a", recipe, result)
+
+
+def test_parameters_without_the_head_and_planned_memory():
+    recipe = recipes.get("digits-vit").changed({"methods": ("probe",), "data.limit": 40})
+    head = 10 * 64 + 10
+    result: Any = SimpleNamespace(run="r", curves=[], meter={"trainable_parameters": head})
+    measure = Quantities()
+    assert measure.measured("adapter_parameters", "probe", recipe, result) == 0
+    held = measure.measured("peak_memory_bytes", "probe", recipe, result)
+    every = recipe.changed({"methods": ("full",)})
+    assert 0 < held < measure.measured("peak_memory_bytes", "full", every, result)

@@ -54,7 +54,7 @@ def peak_memory_bytes(recipe: Recipe, result: Result) -> float:
 
     Frozen layers are counted as computed in every step, as they are without a cache of them.
     """
-    from ..training.plan import plan
+    from ..training.planning.plan import plan
 
     if getattr(recipe.model, "cache_frozen", False):
         recipe = recipe.changed({"model.cache_frozen": False})
