@@ -9,6 +9,9 @@ mini; PiSSA; full fine-tuning of the adapted layers; and the specification's con
 whose A is fixed to random orthonormal rows, of the same rank: if it does as well, sharing is not
 what matters. The control trains B S for a fixed A, where S adds r^2 numbers a matrix.
 
+Sizes: two points of accuracy are the paper's own (Table 4); 0.02 nats on the language model, two
+percent of perplexity, and half of both for the control, are this script's choice.
+
 The specification's toy (a sine wave fitted by a 64-wide network) is no packaged task and is not
 run. On the language model bat is left out: 341, its feed-forward width, shares no divisor with 128.
 """
@@ -27,7 +30,8 @@ from ._tasks import (
     questions,
 )
 
-BETTER = {QUESTIONS: 0.01, GLASS: 0.02}
+BETTER = {QUESTIONS: 0.02, GLASS: 0.02}
+CONTROL = {QUESTIONS: 0.01, GLASS: 0.01}
 # r of a shard layer for LoRA's r = 8: 8 (in + out) / out, rounded down, by layer.
 _ENCODER = "(('intermediate.dense', 10), ('attention.output.dense', 16), ('output.dense', 40))"
 _GLASS = "(('k_proj', 24), ('v_proj', 24), ('gate_proj', 11), ('up_proj', 11), ('down_proj', 29))"
@@ -77,12 +81,12 @@ REPLICATION = Replication(
             name="better at equal parameters",
             text="Bone is better than LoRA at equal trainable parameters",
             arm="Bone", than="LoRA", kind="better", size=BETTER,
-            source="v12 Table 4: 86.35 against 84.28 on average (0.02); half of it is asked for",
+            source="v12 Table 4: 86.35 against 84.28 on average on average; nats are this script's",
         ),
         Claim(
             name="sharing",
             text="sharing a block is better than a fixed random projection of the same rank",
-            arm="Bone", than="fixed random A", kind="better", size=BETTER, role="control",
+            arm="Bone", than="fixed random A", kind="better", size=CONTROL, role="control",
             source="the specification's control",
         ),
         Claim(
