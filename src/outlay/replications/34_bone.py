@@ -81,7 +81,7 @@ REPLICATION = Replication(
             name="better at equal parameters",
             text="Bone is better than LoRA at equal trainable parameters",
             arm="Bone", than="LoRA", kind="better", size=BETTER,
-            source="v12 Table 4: 86.35 against 84.28 on average on average; nats are this script's",
+            source="v12 Table 4: 86.35 against 84.28 on average; nats are this script's",
         ),
         Claim(
             name="sharing",
