@@ -213,6 +213,7 @@ class World:
         self.asked.append((tuple(a.name for a in arms), len(which), "tune" in rest))
         self.rates.append([a.settings.get("optimizer.lr") for a in arms])
         rest["progress"].run_of(arms[0].name, 0, 1, 1)
+        rest["progress"].stage("main", None, None)
         results: dict[str, dict[int, Result | None]] = {
             a.name: {
                 seed: Result(

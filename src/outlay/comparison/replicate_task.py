@@ -78,12 +78,12 @@ class Clock:
 
     def run_of(self, arm: str, seed: int, index: int, total: int) -> None:
         """A run begins."""
-        self.save()
         if self.shown is not None:
             self.shown.run_of(arm, seed, index, total)
 
     def stage(self, name: str, budget: Any, meter: Any) -> None:
-        """A stage begins or goes on."""
+        """A stage of a run begins or goes on; trials of a tuning too."""
+        self.save()
         if self.shown is not None:
             self.shown.stage(name, budget, meter)
 
