@@ -7,28 +7,63 @@ which is written by hand. A method without that file fails the build.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from outlay.core import registry
 from outlay.core.card import Card
+from outlay.replications import recorded
 
 DOCS = Path(__file__).resolve().parent
 TARGET = DOCS.parent / "site_source"
 # Where the README's links stand in the site.
 MOVED = {"docs/methods": "methods.md", "CHANGELOG.md": "changelog.md", "LICENSE": "license.md"}
-REPLICATIONS = registry.ROOT / "replications"
 
 
 def verdict(card: Card) -> str:
     """Verdict of the method's replication, or "untested"."""
-    for path in sorted(REPLICATIONS.glob(f"{card.paper or 0:02d}_*.json")):
-        return str(json.loads(path.read_text())["verdict"])
-    return "untested"
+    return str(recorded(card.paper)["status"])
+
+
+def ledger_lines(card: Card) -> list[str]:
+    """What the method's replication found, with the figures behind it; nothing if untested."""
+    found = recorded(card.paper)
+    if found["status"] == "untested":
+        return []
+    sentences = found.get("sentences") or [found.get("sentence", "")]
+    lines = ["## Was the claim seen again?", f"**{sentences[0]}**", *sentences[1:]]
+    rows = [
+        f"| {task} | {claim['text']} | {claim['role']} | {claim.get('seeds', '')} | "
+        f"{_figure(claim)} | {claim['verdict']} |"
+        for task, facts in found.get("tasks", {}).items()
+        for claim in facts["claims"]
+    ]
+    if rows:
+        head = [
+            "| task | claim | role | seeds | gain or ratio | verdict |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines.append("\n".join([*head, *rows]))
+    if limits := found.get("limits"):
+        lines.append("Not done: " + "; ".join(limits) + ".")
+    facts = [found.get(key, "") for key in ("date", "hardware", "command")]
+    if any(facts):
+        lines.append(f"{facts[0]}, {facts[1]}, `{facts[2]}`.")
+    return lines
+
+
+def _figure(claim: dict[str, Any]) -> str:
+    """Gain or ratio of a claim with its interval."""
+    value, interval = claim.get("gain"), claim.get("interval")
+    if value is None:
+        value, interval = claim.get("ratio"), claim.get("ratio_interval")
+    if value is None or interval is None:
+        return str(claim.get("reason", ""))
+    return f"{value:.3g} ({interval[0]:.3g} to {interval[1]:.3g})"
 
 
 def setting_lines(cls: type) -> list[str]:
@@ -87,6 +122,7 @@ def page(entry: registry.Entry) -> str:
         *facts,
         summary,
         *(["## Settings", "\n".join(table)] if table else []),
+        *ledger_lines(card),
     ]
     return "\n\n".join([*parts, body.read_text()]) + "\n"
 

@@ -36,9 +36,9 @@ class Bare(Objective):
     """An objective without terms: only its penalties are read here."""
 
 
-def begin(model: nn.Module, method: AdaLora, total: int, lr: float = 1e-2):
+def begin(model: nn.Module, method: AdaLora, total: int, lr: float = 1e-2, seed: int = 0):
     """(adapted model, objective, optimizer, watcher) as the loop would build them."""
-    context = Context(budget=Budget(total, "steps"), total_steps=total)
+    context = Context(budget=Budget(total, "steps"), total_steps=total, seed=seed)
     model = method.adapt(model)
     objective = method.shape(Bare(), model, context)
     held = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -289,7 +289,18 @@ def test_a_pruned_unit_returns():
     assert [True, False] in history and history[-1][1]
 
 
-@pytest.mark.parametrize("importance", ["uncertain_sensitivity", "sensitivity", "magnitude"])
+def test_random_importance_keeps_what_it_drew_and_draws_anew_for_another_seed():
+    method = AdaLora(init_r=6, target_r=2, importance="random", warmup_share=0.1)
+    patterns = []
+    for seed in (0, 0, 1):
+        model, *_ = run(llama(), method, 15, parts=begin(llama(), method, 15, seed=seed))
+        patterns.append(torch.stack(list(method.rank_pattern(model).values())))
+    assert torch.equal(patterns[0], patterns[1]) and not torch.equal(patterns[0], patterns[2])
+
+
+@pytest.mark.parametrize(
+    "importance", ["uncertain_sensitivity", "sensitivity", "magnitude", "random"]
+)
 def test_importance_variants_choose_differently(importance):
     method = AdaLora(init_r=6, target_r=2, importance=importance, warmup_share=0.1)
     model, *_ = run(llama(), method, 15)

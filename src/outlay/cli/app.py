@@ -12,7 +12,19 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
-from . import catalogue, compare, doctor, export, inputs, plan, predict, recipe, report, run
+from . import (
+    catalogue,
+    compare,
+    doctor,
+    export,
+    inputs,
+    plan,
+    predict,
+    recipe,
+    replicate,
+    report,
+    run,
+)
 from .errors import complain
 
 _LOOK, _PREPARE, _RUN, _USE, _HERE = (
@@ -54,6 +66,7 @@ def build_app() -> typer.Typer:
         (_PREPARE, "plan", plan.plan),
         (_RUN, "run", run.run),
         (_RUN, "compare", compare.compare),
+        (_RUN, "replicate", replicate.replicate),
         (_USE, "evaluate", predict.evaluate),
         (_USE, "predict", predict.predict),
         (_USE, "export", export.export),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -26,28 +25,19 @@ Group = Annotated[
 
 def verdict(paper: int | None) -> dict[str, Any]:
     """What the replication of a paper found; status "untested" if there is none."""
-    from ..core.registry import ROOT
+    from ..replications import recorded
 
-    found: list[Any] = []
-    if paper is not None:
-        found = sorted((ROOT / "replications").glob(f"{paper:02d}_*.json"))
-    for path in found:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content.get("verdict"):
-            return {**content, "status": str(content["verdict"])}
-    return {"status": "untested"}
+    return recorded(paper)
 
 
 def row(entry: Entry) -> dict[str, Any]:
     """One line of `outlay list --json`."""
-    card = entry.card
+    card, seen = entry.card, verdict(entry.card.paper)
     return {
         "name": card.name, "paper": card.paper, "title": card.title, "arxiv": card.arxiv or None,
         "group": card.group, "places": list(entry.places), "claims": sorted(card.claims),
-        "saves": sorted(card.saves), "status": verdict(card.paper)["status"],
+        "saves": sorted(card.saves), "status": seen["status"],
+        "sentence": seen.get("sentence"), "date": seen.get("date"),
         "summary": card.summary, "kind": entry.kind,
     }  # fmt: skip
 
@@ -80,11 +70,14 @@ def list_methods(
         members = [r for r in rows if r["group"] == name]
         lines += [(f"{name}:", "", "", "", "")] + [
             (f"  {r['name']}", r["summary"] or r["title"], _places(r["places"]), r["arxiv"],
-             r["status"])
+             " ".join(filter(None, (r["status"], r["date"]))))
             for r in members
         ]  # fmt: skip
     columns = ("method", "what it does", "acts on", "arXiv", "status")
     screen.console().print(screen.table("", columns, lines))
+    for r in rows:
+        if r["sentence"]:
+            screen.console().print(f"{r['name']}: {r['sentence']}", markup=False)
     screen.note("`outlay show NAME` explains one; `outlay cite NAME` gives its BibTeX.", quiet)
 
 
@@ -132,7 +125,7 @@ def show(
                 ("claims", "; ".join(f"{word} ({WORDS[word]})" for word in whole["claims"])),
                 ("saves", ", ".join(card.saves)),
                 ("splitting", card.scope == "micro" and "a step's micro-batches change the result"),
-                ("status", seen["status"]),
+                ("status", _status(seen)),
                 ("example", whole["example"]),
             ]
         )
@@ -153,6 +146,12 @@ def show(
     sentences = seen.get("sentences") or ([seen["sentence"]] if seen.get("sentence") else [])
     for sentence in sentences:
         out.print(str(sentence), markup=False)
+
+
+def _status(seen: dict[str, Any]) -> str:
+    """The verdict, and at which size and when it was found."""
+    when = ", ".join(str(seen[key]) for key in ("size", "date") if seen.get(key))
+    return f"{seen['status']} ({when})" if when else str(seen["status"])
 
 
 def example(entry: Entry, about: Described) -> str:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Importance = Literal["uncertain_sensitivity", "sensitivity", "magnitude"]
+Importance = Literal["uncertain_sensitivity", "sensitivity", "magnitude", "random"]
 
 
 class UnitScores:
@@ -33,7 +33,9 @@ class UnitScores:
         beta1: Smoothing of the sensitivity, in (0, 1).
         beta2: Smoothing of the uncertainty, in (0, 1).
         importance: "uncertain_sensitivity" as above; "sensitivity" scores an entry by the
-            latest I alone; "magnitude" a unit by the |entry| of its first part.
+            latest I alone; "magnitude" a unit by the |entry| of its first part; "random" draws one
+            score a unit, the same ones at every step, as a control.
+        generator: Draws the random scores.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class UnitScores:
         beta1: float = 0.85,
         beta2: float = 0.85,
         importance: Importance = "uncertain_sensitivity",
+        generator: torch.Generator | None = None,
     ) -> None:
         self.layers = list(layers)
         self.parts = dict(parts)
@@ -61,12 +64,14 @@ class UnitScores:
             for members in self._groups.values()
         ]
         self.statistics: list[tuple[Tensor, ...]] = []
+        if importance == "random":
+            self._drawn = torch.rand(sum(self.counts), generator=generator)
         self._warned = False
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights and the gradients that stand beside them."""
-        if self.importance == "magnitude":
+        if self.importance in ("magnitude", "random"):
             return
         fresh = not self.statistics
         for index, (weights, grads) in enumerate(self._stacks()):
@@ -85,6 +90,8 @@ class UnitScores:
         """Score of every unit, layer after layer."""
         first = next(iter(self.parts))
         device = _parameter(self.layers[0], first).device
+        if self.importance == "random":
+            return self._drawn.to(device)
         total = torch.zeros(sum(self.counts), device=device)
         for index, ((name, _), members) in enumerate(self._groups.items()):
             if self.importance == "magnitude":

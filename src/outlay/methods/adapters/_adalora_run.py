@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.allocate import allocate, cubic
 from ...core.errors import NoEffect
 from ...core.losses import Objective, Shaped
-from ...core.method import Step, Watcher
+from ...core.method import Step, Watcher, generator_of
 from ...nn.lowrank import orthogonality_loss
 from ...nn.sensitivity import UnitScores
 
@@ -75,7 +75,10 @@ class Allocation(Watcher):
         self.phases = method.phases(live.context.total_steps)
         parts = {"e": 0, "a": 0, "b": 1} if method.units == "triplets" else {"a": 0, "b": 1}
         held = list(self.deltas.values())
-        self.scores = UnitScores(held, parts, method.beta1, method.beta2, method.importance)
+        draw = generator_of(live.context.seed, "adalora.importance", method.adapter_name)
+        self.scores = UnitScores(
+            held, parts, method.beta1, method.beta2, method.importance, generator=draw
+        )
         prices = [d.a.shape[1] + d.b.shape[0] if method.cost == "params" else 1 for d in held]
         # In plain numbers: a plan assembles the run on tensors without values.
         units = [price for price, count in zip(prices, self.scores.counts) for _ in range(count)]

@@ -54,7 +54,8 @@ class AdaLora(AdapterMethod, OnModel, OnObjective, OnStep):
         beta2: Smoothing of the uncertainty.
         gamma: Coefficient of the orthogonality penalty: 0.1, 0.3 or 0.5 in the paper.
         orth_norm: "mean_fro" or "squared_sum".
-        importance: "uncertain_sensitivity", "sensitivity" or "magnitude" (of E).
+        importance: "uncertain_sensitivity", "sensitivity" or "magnitude" (of E); "random", fixed
+            at the start, is the control that shows whether scores matter.
         units: "triplets", or "doublets" (pruned LoRA: no E, no penalty, nothing returns).
         cost: Price of a unit: "rank" (1 each) or "params" (in + out).
         compact_final: Drop dead rows during the run when the final phase starts.
