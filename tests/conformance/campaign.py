@@ -1,7 +1,7 @@
 """Runs a recipe again and again in children that are killed for real, and goes on with it.
 
-Reads {"recipe": YAML, "out": folder, "kills": [{"after": seconds} or {"sync": count}]} and prints
-what the last, unkilled, start gave. The parent never trains, so its children start clean.
+Reads {"recipe": YAML, "out": folder, "kills": [{"share": of the time that a whole run takes} or
+{"sync": count}]} and prints what the last, unkilled, start gave. The parent never trains, so its children start clean.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def child(
         json.dump(asdict(result), file)
 
 
-def start(recipe: Recipe, materials: Materials, out: str, kill: dict[str, Any]) -> tuple[bool, str]:
+def start(
+    recipe: Recipe, materials: Materials, out: str, kill: dict[str, Any], whole: float = 0.0
+) -> tuple[bool, str]:
     """One start: whether it was killed, and what it said."""
     reading, writing = os.pipe()
     process = os.fork()
@@ -55,8 +57,8 @@ def start(recipe: Recipe, materials: Materials, out: str, kill: dict[str, Any]) 
             os._exit(1)
         os._exit(0)
     os.close(writing)
-    if "after" in kill:
-        time.sleep(kill["after"])
+    if "share" in kill:
+        time.sleep(kill["share"] * whole)
         os.kill(process, signal.SIGKILL)
     with os.fdopen(reading) as file:
         said = file.read()
@@ -71,7 +73,12 @@ if __name__ == "__main__":
     recipe = Recipe.from_yaml(given["recipe"])
     # Read and imported once: the children inherit it and come to their first step at once.
     materials = load_materials(recipe)
-    killed = [start(recipe, materials, given["out"], kill)[0] for kill in given["kills"]]
+    whole = 0.0
+    if any("share" in kill for kill in given["kills"]):
+        began = time.monotonic()
+        start(recipe, materials, f"{given['out']}-whole", {})
+        whole = time.monotonic() - began
+    killed = [start(recipe, materials, given["out"], kill, whole)[0] for kill in given["kills"]]
     began = time.monotonic()
     _, said = start(recipe, materials, given["out"], {})
     took = time.monotonic() - began
