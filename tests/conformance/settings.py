@@ -39,6 +39,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "peft(type='VERA', r=8)",
         "peft(type='ADALORA', init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1)",
     ),
+    "loss_weights": (
+        "loss_weights(temperature=0.4)",
+        "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
+        "loss_weights(curve='extremes', loss_range='quantile', warmup_steps=2, "
+        "warmup_temperature=100.0)",
+    ),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }

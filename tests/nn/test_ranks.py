@@ -188,7 +188,7 @@ def test_plain_columns_of_any_method_freeze_for_good(order: str) -> None:
     group = live.optimizers[0].param_groups[0]
     assert group["names"] == ["bias"] and not model.weight.requires_grad
     assert list(live.optimizers[0].state) == [model.bias] and not live.masks
-    assert freezer.state_dict() == {"frozen": {"weight": 4}}
+    assert freezer.state_dict() == {"frozen": {"weight": 4}, "asked": True}
     freezer.close()
 
 

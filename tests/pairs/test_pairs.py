@@ -21,7 +21,13 @@ _OUTCOMES: dict[tuple[str, ...], Any] = {}
 
 
 def meets(first: Method, second: Method) -> bool:
-    """True if they share a place, or claim anything at all."""
+    """True if they share a place, or claim anything at all.
+
+    `full` says what a run does anyway where nothing freezes the base.
+    """
+    names = {m.card.name for m in (first, second)}
+    if "full" in names and not any(m.card.freezes_base for m in (first, second)):
+        return False
     words = [{claim.word for claim in m.claims(None)} for m in (first, second)]
     return bool(set(first.places()) & set(second.places())) or all(words)
 

@@ -89,6 +89,7 @@ class Context:
         tokenizer: The run's one tokenizer, or None.
         pool: Training examples as `OnData` methods left them, or None.
         requests: Outputs that somebody asked the base objective for.
+        figures: What methods put into the log line of the step that is being taken.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(1, "steps"))
@@ -102,6 +103,7 @@ class Context:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     loader: Callable[[str], nn.Module] | None = None
     freezes: bool = False
+    figures: dict[str, float] = field(default_factory=dict)
 
     def generator(self, name: str) -> torch.Generator:
         """A fresh generator seeded by (seed, name)."""
@@ -118,6 +120,10 @@ class Context:
     def request(self, output: str) -> None:
         """Ask the base objective for an output, for example "hidden:-1"."""
         self.requests.add(output)
+
+    def show(self, name: str, value: float) -> None:
+        """Put a figure of the method's own beside the loss in this step's log line."""
+        self.figures[name] = value
 
     def load(self, reference: str) -> nn.Module:
         """Load `original`, `stage:x`, a path or an asset: frozen, eval, outside the checkpoint."""

@@ -271,6 +271,28 @@ def per_example(
     return flat.new_zeros(count + 1).index_add(0, owner.flatten(), flat.flatten())[:count]
 
 
+def per_position(
+    values: Float[Tensor, " examples"],
+    batch: Batch,
+    align: Callable[[Tensor], Tensor],
+    like: Tensor,
+) -> Tensor:
+    """One value an example spread over its positions: what `per_example` sums up.
+
+    Args:
+        values: One an example.
+        batch: Says, if rows are packed, where each example lies.
+        align: The objective's own.
+        like: Tensor of a term, of the shape that is wanted.
+    """
+    segments = batch.get("segment_ids")
+    if segments is None:
+        return values.reshape(len(values), *(1,) * (like.dim() - 1)).expand_as(like)
+    owner = align(segments)
+    spread = torch.where(owner < 0, values.new_zeros(()), values[owner.clamp(min=0)])
+    return spread.reshape(*spread.shape, *(1,) * (like.dim() - spread.dim())).expand_as(like)
+
+
 def rows_of(losses: Losses, batch: Batch, objective: Objective) -> Rows:
     """Per-example sums, weights and small outputs of one micro-batch."""
     names = needed_rows(objective)

@@ -145,6 +145,8 @@ class Loop:
         values = {"loss": plain, "lr": rate, "gradient_norm": seen.gradient_norm}
         if not math.isclose(seen.loss, plain, rel_tol=1e-5, abs_tol=1e-12):
             values["objective"] = seen.loss
+        values |= live.context.figures
+        live.context.figures.clear()
         self.on_step(step, values)
         return values
 
