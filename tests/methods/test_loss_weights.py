@@ -6,10 +6,10 @@ import math
 import socket
 from typing import Any
 
-from conformance import kit
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import kit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

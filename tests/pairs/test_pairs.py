@@ -25,8 +25,8 @@ def meets(first: Method, second: Method) -> bool:
 
     `full` says what a run does anyway where nothing freezes the base.
     """
-    names = {m.card.name for m in (first, second)}
-    if "full" in names and not any(m.card.freezes_base for m in (first, second)):
+    others = [m for m in (first, second) if m.card.name != "full"]
+    if len(others) == 1 and not others[0].card.freezes_base:
         return False
     words = [{claim.word for claim in m.claims(None)} for m in (first, second)]
     return bool(set(first.places()) & set(second.places())) or all(words)
