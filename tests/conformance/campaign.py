@@ -1,7 +1,8 @@
 """Runs a recipe again and again in children that are killed for real, and goes on with it.
 
 Reads {"recipe": YAML, "out": folder, "kills": [{"share": of the time that a whole run takes} or
-{"sync": count}]} and prints what the last, unkilled, start gave. The parent never trains, so its children start clean.
+{"sync": count}]} and prints what the last, unkilled, start gave. The parent never trains, so its
+children start clean.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "loss_weights": (
         "loss_weights(temperature=0.4)",
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
-        "loss_weights(curve='extremes', loss_range='quantile', warmup_steps=2, "
-        "warmup_temperature=100.0)",
+        "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from outlay.core.errors import ConfigError, NonFinite
+from outlay.core.method import Step
 from outlay.methods.objectives.loss_weights import (
     CURVES,
     LossReweighter,
@@ -109,21 +110,18 @@ def test_a_loss_that_is_not_finite_names_its_sequence():
 
 
 def gradients(method: LossWeights | None, micro: int) -> tuple[dict[str, Tensor], Any]:
-    """Gradients of one step of ragged sequences, and what the step saw."""
+    """Gradients of one step of ragged sequences, the model and the micro-batches."""
     of = kit.recipe(
         "llama", (method,) if method else (), batch={"size": 8, "micro": micro, "length": 48},
         optimizer={"lr": 0.01, "clip": None}, precision="float64",
     )  # fmt: skip
     stage = kit.stage(of)
     loop = stage.loop
-    from outlay.core.method import Step
-
     step = Step(0, 0.0, 0)
     batches = loop.drawer.draw(step)
-    seen, _ = loop.gradients.accumulate(step, batches)
-    return {n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None}, (
-        stage.model, batches, seen,
-    )  # fmt: skip
+    loop.gradients.accumulate(step, batches)
+    found = {n: p.grad.clone() for n, p in stage.model.named_parameters() if p.grad is not None}
+    return found, (stage.model, batches)
 
 
 def by_hand(model: nn.Module, batch: Any, weigh: Any) -> dict[str, Tensor]:
@@ -139,7 +137,7 @@ def by_hand(model: nn.Module, batch: Any, weigh: Any) -> dict[str, Tensor]:
 
 def test_a_step_follows_the_formula_and_not_through_the_weights():
     method = LossWeights(temperature=0.4)
-    found, (model, (batch,), seen) = gradients(method, 8)
+    found, (model, (batch,)) = gradients(method, 8)
     expected = by_hand(model, batch, lambda ls: loss_weights(ls, temperature=0.4))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -167,7 +165,7 @@ def test_the_whole_step_is_seen_through_micro_batches():
 
 
 def test_uniform_weights_are_the_mean_over_sequences():
-    found, (model, (batch,), _) = gradients(LossWeights(curve="uniform"), 8)
+    found, (model, (batch,)) = gradients(LossWeights(curve="uniform"), 8)
     mean = by_hand(model, batch, lambda losses: torch.full_like(losses, 1 / len(losses)))
     assert all(torch.allclose(found[n], mean[n], atol=1e-12) for n in mean)
     tokens, _ = gradients(None, 8)
