@@ -162,6 +162,7 @@ def test_curves_are_chosen_with_the_keyboard_and_kept_in_the_address(open_page, 
     page.keyboard.press("Space")
     page.focus("#logarithmic")
     page.keyboard.press("Space")
+    page.wait_for_function("location.hash.includes('log=1')")
     said = page.url.split("#")[1]
     assert "curve=training+loss" in said
     assert "x=tokens" in said
