@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -106,27 +107,43 @@ def unpack_cache(cache: Any, batch: PackedBatch, layout: str = "left") -> Any:
         cache: Cache of the packed rows.
         batch: The rows it was made from.
         layout: "left" gives one cache of all prompts, filled up with zeros on the left to the
-            longest; "list" gives one cache a prompt, without filling and without copying.
+            longest; "list" gives one cache a prompt: views of the packed cache.
 
     Raises:
         ConfigError: An unknown layout.
     """
-    from transformers import DynamicCache
-
     _check_layout(layout)
     places = batch.index.tolist()
     if layout == "list":
-        singles = [DynamicCache() for _ in places]
-        for number, layer in enumerate(cache.layers):
-            for single, (row, start, stop) in zip(singles, places):
-                keys, values = (t[row : row + 1, :, start:stop] for t in (layer.keys, layer.values))
-                single.update(keys, values, number)
-        return singles
-    whole, longest = DynamicCache(), max(batch.lengths, default=0)
-    for number, layer in enumerate(cache.layers):
-        keys, values = (_left(t, places, longest) for t in (layer.keys, layer.values))
-        whole.update(keys, values, number)
-    return whole
+        return [
+            _cache_of(
+                (
+                    layer.keys[row : row + 1, :, start:stop],
+                    layer.values[row : row + 1, :, start:stop],
+                )
+                for layer in cache.layers
+            )
+            for row, start, stop in places
+        ]
+    longest = max(batch.lengths, default=0)
+    return _cache_of(
+        (_left(layer.keys, places, longest), _left(layer.values, places, longest))
+        for layer in cache.layers
+    )
+
+
+def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> Any:
+    """A cache that holds these keys and values themselves: `update` would copy them."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    made = DynamicCache()
+    for keys, values in layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        made.layers.append(layer)
+    return made
 
 
 def _left(packed: Tensor, places: list[list[int]], longest: int) -> Tensor:
