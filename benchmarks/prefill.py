@@ -26,7 +26,7 @@ import torch
 import transformers
 from adapter_step import hardware, interval
 
-from outlay.inference.measure import Prefills, measure_prefill
+from outlay.comparison.prefills import Prefills, measure_prefill
 
 RESULTS = Path(__file__).parent / "results" / "prefill.json"
 LONGEST, VOCABULARY = 1024, 8192
@@ -79,8 +79,9 @@ def row_of(found: Prefills) -> dict[str, Any]:
             "speedup_over_one_by_one": list(alone),
             "peak_over_padded_times_token_ratio": peak_share * arm["token_ratio"],
         }
+        milliseconds = 1e3 * arm["seconds_per_prompt"]
         print(
-            f"batch {found.batch_size:4d} {name:12s} {1e3 * arm['seconds_per_prompt']:7.2f} ms/prompt"
+            f"batch {found.batch_size:4d} {name:12s} {milliseconds:7.2f} ms/prompt"
             f"  x{middle:.2f} [{low:.2f}, {high:.2f}] of x{arm['token_ratio']:.2f} tokens"
             f"  one by one x{alone[0]:.2f}  peak {arm['peak_bytes'] / 2**20:.0f} MiB"
             f"  gap {arm['logits_gap']:.1e}",

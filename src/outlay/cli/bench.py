@@ -13,7 +13,7 @@ from .options import AsJson, Debug, Device, Quiet, Threads
 from .progress import progress_for
 
 if TYPE_CHECKING:
-    from ..inference.measure import Prefills
+    from ..comparison.prefills import Prefills
 
 ModelName = Annotated[
     str,
@@ -65,7 +65,7 @@ def prefill(
     with progress_for(quiet).waiting("prefilling in turn"):
         import torch
 
-        from ..inference.measure import measure_prefill
+        from ..comparison.prefills import measure_prefill
         from ..training.backend import OneDevice
 
         if threads is not None:

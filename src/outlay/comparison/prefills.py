@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
+from ..inference.isolation import check_isolation
+from ..inference.packing import Sequences, as_lists, prepack
+from ..inference.prefill import Prefilled, prefill_packed
 from ..training.backend import OneDevice
 from ..training.planning.memory import measured_peak
-from .isolation import check_isolation
-from .packing import Sequences, as_lists, prepack
-from .prefill import Prefilled, prefill_packed
 
 WAYS = ("padded", "sorted", "packed", "packed list", "one by one")
 # Times and logits of a pass; what it returned stays alive until its bytes are read.
