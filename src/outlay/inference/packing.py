@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,14 +125,13 @@ def prepack(
         ids.append(line + [pad_token_id] * empty)
         positions.append(place + [1] * empty)
         segments.append(owner + [-1] * empty)
-    ends = torch.tensor(bounds, dtype=torch.int32)
     shape = (len(rows), width)
     return PackedBatch(
         torch.tensor(ids, dtype=torch.long).reshape(shape),
         torch.tensor(positions, dtype=torch.long).reshape(shape),
         torch.tensor(segments, dtype=torch.long).reshape(shape),
-        ends,
-        int(ends.diff().max()) if len(bounds) > 1 else 0,
+        torch.tensor(bounds, dtype=torch.int32),
+        max((stop - start for start, stop in itertools.pairwise(bounds)), default=0),
         index,
     )
 
