@@ -13,6 +13,7 @@ import typer
 
 from .._version import __version__
 from . import (
+    bench,
     catalogue,
     compare,
     doctor,
@@ -51,6 +52,10 @@ def _start(
     """
 
 
+def _bench() -> None:
+    """Measure inference on data of your own."""
+
+
 def build_app() -> typer.Typer:
     """All verbs under one command."""
     settings: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -83,6 +88,10 @@ def build_app() -> typer.Typer:
     ):
         recipes.command(name, help=_unwrapped(verb))(verb)
     app.add_typer(recipes, name="recipe", rich_help_panel=_PREPARE)
+    benches = typer.Typer()
+    benches.callback()(_bench)
+    benches.command("prefill", help=_unwrapped(bench.prefill))(bench.prefill)
+    app.add_typer(benches, name="bench", rich_help_panel=_HERE)
     return app
 
 
@@ -102,7 +111,7 @@ def run_app(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in typed
     words = [_dashed(word) for word in typed]
-    if words in ([], ["recipe"]):
+    if words in ([], ["recipe"], ["bench"]):
         words.append("--help")
     inputs.TYPED.set(shlex.join(["outlay", *typed]))
     command = typer.main.get_command(build_app())

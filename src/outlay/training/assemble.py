@@ -192,6 +192,10 @@ def assemble(
     context.total_steps = expected_steps(recipe.budget, recipe.batch.size, chosen)
     model, originals = adapt(model, methods, context)
     model = backend.place(model)
+    if recipe.batch.packing:
+        from .data.packed import check_packing
+
+        check_packing(model)
     shaped = plain = backend.place(objective(context.requests))
     for index, method in enumerate(methods):
         if isinstance(method, OnObjective):

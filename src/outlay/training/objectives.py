@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, nearest
+from ..core.errors import ConfigError, Conflict, nearest
 from ..core.losses import Batch, Losses, Objective, Term, model_inputs
 from ..core.method import Step
 from .data.labels import Labels
@@ -102,6 +102,11 @@ def _requested(name: str, output: Any, batch: Batch) -> Tensor:
             f"the model has hidden states 0 to {len(states or ()) - 1}",
         ) from None
     if states is not None and name == "features":
+        if "segment_ids" in batch:
+            raise Conflict(
+                "features are one mean a row, and packed rows hold several examples",
+                "leave packing out",
+            )
         return _mean_pooled(states[-1], batch.get("attention_mask"))
     raise ConfigError(
         f"requested output {name!r} is not one that this objective and model give",

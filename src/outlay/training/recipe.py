@@ -111,6 +111,10 @@ class Recipe(Spec):
             raise ValueError(f"cap = {self.cap} must be in {' or '.join(CAPS)}")
         if self.evaluate.patience and not self.every.evaluate:
             raise ValueError("evaluate.patience needs every.evaluate")
+        if self.batch.packing and self.task != "causal-language-modeling":
+            raise ValueError(f"batch.packing is for causal-language-modeling, not {self.task}")
+        if self.batch.packing and getattr(self.model, "cache_frozen", False):
+            raise ValueError("model.cache_frozen keeps whole rows; leave batch.packing out")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have one name: {names}")

@@ -52,7 +52,7 @@ def padded(
             batch[key] = torch.stack(values)
         elif isinstance(values[0], Mapping):
             batch[key] = {n: torch.tensor([float(v[n]) for v in values]) for n in values[0]}
-        elif isinstance(values[0], (list, tuple)) and _by_token(key, values, examples):
+        elif isinstance(values[0], (list, tuple)) and by_token(key, values, examples):
             filler = {"input_ids": pad_id, "labels": -100}.get(key, 0)
             width = _width(max(map(len, values)), pad_to, length)
             batch[key] = torch.tensor([[*v, *[filler] * (width - len(v))] for v in values])
@@ -69,7 +69,7 @@ def padded(
     return batch
 
 
-def _by_token(key: str, values: Sequence[Any], examples: Sequence[Example]) -> bool:
+def by_token(key: str, values: Sequence[Any], examples: Sequence[Example]) -> bool:
     """True for lists of integers, and for float lists with one value a token."""
     if not values[0] or isinstance(values[0][0], int):
         return True
@@ -83,6 +83,14 @@ def _width(longest: int, pad_to: int, length: int | None) -> int:
         return max(length, longest)
     rounded = -(-longest // max(1, pad_to)) * max(1, pad_to)
     return rounded if length is None else max(longest, min(rounded, length))
+
+
+def _layout_of(spec: BatchSpec, pad: int) -> Layout:
+    if not spec.packing:
+        return lambda examples, _draw, _step: padded(examples, pad, spec.pad_to, spec.length)
+    from .packed import packed
+
+    return lambda examples, _draw, _step: packed(examples, pad, spec.pad_to)
 
 
 def token_count(batch: Batch) -> int:
@@ -127,7 +135,7 @@ class Drawer:
         clean: Keep each example as it was before corruption under `clean`.
 
     Raises:
-        Conflict: If two methods lay out batches.
+        Conflict: If two methods lay out batches, or one does and packing is on.
     """
 
     def __init__(
@@ -148,11 +156,11 @@ class Drawer:
             )
         layouts = [layout for _, layout in found]
         pad = getattr(context.tokenizer, "pad_token_id", None) or 0
-        self.layout: Layout = (
-            layouts[0]
-            if layouts
-            else lambda examples, _draw, _step: padded(examples, pad, spec.pad_to, spec.length)
-        )
+        if spec.packing and layouts:
+            raise Conflict(
+                f"{found[0][0]!r} lays out batches, and so does packing", "leave batch.packing out"
+            )
+        self.layout: Layout = layouts[0] if layouts else _layout_of(spec, pad)
         # A share of FLOPs or seconds is not known before the step before has run.
         on_clock = context.budget.unit in ("flops", "seconds")
         self.depth = 0 if pool.needs_model or on_clock else spec.prefetch
