@@ -229,6 +229,8 @@ def cell(architecture: str, method: str, length: int, steps: int, repeats: int) 
 
     recipe = recipe_of(architecture, method, length, steps)
     materials = load_materials(recipe)
+    # First of all, while the process holds nothing that it could use again.
+    grown = resident_growth(recipe, materials) if repeats else None
     planned = plan(recipe, device="cpu")
     measured = plan(recipe, device="cpu", measure=True)
     seconds = []
@@ -239,7 +241,6 @@ def cell(architecture: str, method: str, length: int, steps: int, repeats: int) 
         seconds.append((foreseen, took))
     real = parameters_of(recipe, materials)
     flops, peak = flops_of(recipe, materials), peak_of(recipe, materials)
-    grown = resident_growth(recipe, materials) if repeats else None
     off = sum(abs(planned.params[name] - real[name]) for name in real)
     ratios = {
         "parameters": 1 + off / real["total"],
@@ -310,18 +311,13 @@ def main() -> None:
     from outlay.comparison.machine import hardware, versions
 
     print("plan / run" + " " * 8 + "".join(f"{name:>15}" for name in BOUNDS) + " resident")
-    cells = []
+    cells: list[dict[str, Any]] = []
     for architecture, method, length in itertools.product(TASKS, METHODS, LENGTHS):
         if given.only in f"{architecture} {method} {length}":
             cells.append(in_own_process(architecture, method, length, given))
             print(line(cells[-1]), flush=True)
-    worst = {
-        name: max((c["ratios"][name] for c in cells), key=lambda ratio: abs(ratio - 1))
-        for name in BOUNDS
-        if all(name in c["ratios"] for c in cells)
-    }
+    worst = worst_of(cells)
     print("worst".ljust(18) + "".join(f"{ratio:>15.4f}" for ratio in worst.values()))
-    bad = [c for c in cells if out_of_bounds(c)]
     if not given.only:
         results = {
             "what": "plan over run; bytes measured and seconds are those of plan --measure",
@@ -337,8 +333,17 @@ def main() -> None:
         }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if bad:
+    if bad := [c for c in cells if out_of_bounds(c)]:
         sys.exit(f"{len(bad)} of {len(cells)} cells are out of bounds")
+
+
+def worst_of(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """The ratio furthest from 1 of every quantity that was measured."""
+    return {
+        name: max((c["ratios"][name] for c in cells), key=lambda ratio: abs(ratio - 1))
+        for name in BOUNDS
+        if all(name in c["ratios"] for c in cells)
+    }
 
 
 if __name__ == "__main__":

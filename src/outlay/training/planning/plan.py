@@ -33,7 +33,8 @@ class Plan:
 
     Attributes:
         params: total, trainable (head included) and head.
-        memory_bytes: weights, gradients, optimizer, activations and peak, at the widest batch.
+        memory_bytes: weights, gradients, optimizer (its moments, and what methods keep from step
+            to step), activations and peak, at the widest batch.
         flops: Forward and backward of the whole run, multiply-add as two.
         seconds: Predicted training time; None unless measured.
         fits: True if the peak fits the memory that is free now.
@@ -100,11 +101,11 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
     with FakeTensorMode(allow_non_fake_inputs=True), fakes_move():
         assembly = assembled(recipe, materials, backend, faked(hollow, backend.device))
         params = parameter_counts(assembly)
-        memory = live_bytes(assembly, widest.batch, recipe)
         counted = {shape.key: step_flops(assembly, shape.batch) for shape in some_of(shapes)}
         chain = _chain(recipe, assembly)
+        notes: list[str] = []
+        memory = live_bytes(assembly, widest.batch, notes)
     steps = expected_steps(recipe.budget, recipe.batch.size, assembly.live.pool)
-    notes = []
     micro = recipe.batch.size // (recipe.batch.micro or recipe.batch.size)
     per_batch = spread(shapes, {key: both[0] for key, both in counted.items()})
     once = spread(shapes, {key: both[1] for key, both in counted.items()})
