@@ -50,8 +50,9 @@ TASKS = {
     "llama": "causal-language-modeling",
     "t5": "sequence-to-sequence",
 }
-ROWS_A_STEP = {32: 8, 512: 4}
-LENGTHS = tuple(ROWS_A_STEP)
+LENGTHS = (32, 512)
+ROWS_A_STEP = {32: 8, 512: 2}
+STEPS = {32: 40, 512: 8}
 BOUNDS = {
     "parameters": 0.0,
     "flops": 0.01,
@@ -96,7 +97,7 @@ def recipe_of(architecture: str, method: str, length: int, steps: int) -> Any:
         task=TASKS[architecture],
         data={"path": str(path), **columns},
         methods=[METHODS.get(method, method)],
-        batch={"size": ROWS_A_STEP.get(length, 4), "length": length},
+        batch={"size": ROWS_A_STEP[length], "length": length},
         budget=f"{steps}steps",
     )
 
@@ -276,7 +277,7 @@ def in_own_process(architecture: str, method: str, length: int, given: Any) -> d
     """A cell in a fresh process, whose resident set holds nothing of other cells."""
     command = [
         sys.executable, __file__, "--cell", f"{architecture} {method} {length}",
-        "--steps", str(given.steps), "--repeats", str(given.repeats),
+        "--repeats", str(given.repeats),
     ]  # fmt: skip
     # Large blocks go back to the system at once, so that the resident set follows the tensors.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -298,7 +299,6 @@ def line(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure every cell, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3, help="plans and runs that are timed")
     parser.add_argument("--only", default="", help="cells whose name holds this text")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -306,7 +306,9 @@ def main() -> None:
     if given.cell:
         warnings.simplefilter("ignore")
         architecture, method, length = given.cell.split()
-        print(json.dumps(cell(architecture, method, int(length), given.steps, given.repeats)))
+        print(
+            json.dumps(cell(architecture, method, int(length), STEPS[int(length)], given.repeats))
+        )
         return
     from outlay.comparison.machine import hardware, versions
 
@@ -324,7 +326,8 @@ def main() -> None:
             "bounds": BOUNDS,
             "worst": worst,
             "methods": METHODS,
-            "steps": given.steps,
+            "steps": STEPS,
+            "rows a step": ROWS_A_STEP,
             "repeats": given.repeats,
             "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count(),
             "cells": cells,

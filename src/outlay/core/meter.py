@@ -106,7 +106,8 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Four matrix products. A fused kernel makes the scores once more to save memory; that is not
-    counted, so that a budget in FLOPs means the same whichever kernel a machine has."""
+    counted, so that a budget in FLOPs means the same whichever kernel a machine has.
+    """
     batch, heads, length, width = query
     scores = 2 * batch * heads * length * width * key[2]
     return sdpa_backward_flop_count(grad, query, key, value) - scores

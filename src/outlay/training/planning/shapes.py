@@ -72,11 +72,8 @@ def some_of(shapes: list[Shape]) -> list[Shape]:
 
 def lengths_of(shape: Shape) -> tuple[int, int]:
     """Tokens of a row that go in, and those that are asked for."""
-    sizes = [
-        value.shape[1]
-        for name in ("input_ids", "labels")
-        if _is(value := shape.batch.get(name)) and value.dim() > 1
-    ]
+    held: list[Any] = [shape.batch.get(name) for name in ("input_ids", "labels")]
+    sizes = [value.shape[1] for value in held if _is(value) and value.dim() > 1]
     return (sizes[0], sizes[-1]) if sizes else (0, 0)
 
 
