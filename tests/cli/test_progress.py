@@ -133,8 +133,23 @@ def test_doctor_says_what_is_here_and_what_brings_the_rest(outlay, monkeypatch):
     assert "OUTLAY_OFFLINE" in found["offline"]["switches"]
     assert all(a["install"].startswith("pip install") for a in found["assets"])
     assert {"peft", "test", "docs"} <= {e["name"] for e in found["extras"]}
+    assert found["threads"] >= 1 and found["cores"] >= 1 and found["device"]
+    assert found["methods"]["known"] >= 9 and found["methods"]["of_other_packages"] == []
     text = outlay("doctor").out
-    assert "hardware" in text and "minilm" in text
+    for word in ("system", "hardware", "threads", "GPU", "--device auto", "methods", "minilm"):
+        assert word in text
+
+
+def test_doctor_outlives_a_broken_package(monkeypatch):
+    from outlay.core import registry
+    from outlay.core.errors import ConfigError
+
+    def broken():
+        raise ConfigError("entry point 'x' names a missing module 'y'", "uninstall it")
+
+    monkeypatch.setattr(registry, "entries", broken)
+    found = doctor.examine()["methods"]
+    assert found["known"] is None and "missing module" in found["sentence"]
 
 
 def test_doctor_names_a_missing_extra(monkeypatch):

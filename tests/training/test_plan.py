@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outlay.methods.adapters.lamda import LaMDA
 from outlay.training.materials import load_materials
+from outlay.training.planning import plan as planning
 from outlay.training.planning.plan import plan
 from outlay.training.recipe import Recipe
 from outlay.training.runs import run
@@ -52,3 +56,53 @@ def test_numbers_that_a_method_froze_are_no_updates(tmp_path):
     head = plan(chosen, device="cpu").params["head"]
     expected = method.parameter_updates(adapted, 20) + 20 * head
     assert ran.meter["parameter_updates"] == expected < 20 * ran.meter["trainable_parameters"]
+
+
+@pytest.fixture(scope="module")
+def error() -> Any:
+    """The benchmark whose small version runs here."""
+    path = Path(__file__).parents[2] / "benchmarks" / "plan_error.py"
+    spec = importlib.util.spec_from_file_location("plan_error", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [("bert", "full"), ("gpt2", "adalora"), ("llama", "bone"), ("t5", "peft(type='LORA', r=4)")],
+)
+def test_a_plan_is_right_by_other_counts(error, architecture, method):
+    """Torch's own counter on plain attention, parameters one by one, the profiler's bytes."""
+    found = error.cell(architecture, method, 32, steps=2, repeats=0)
+    assert error.out_of_bounds(found) == [], found["ratios"]
+
+
+LONG = {
+    "model.layers": 1, "batch.size": 6, "batch.length": 256, "batch.pad_to": 0, "methods": ("full",)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_does_not_fit_is_told_the_nearest_setting_that_does(monkeypatch, checkpointing):
+    def peak(**changes: Any) -> int:
+        return plan(recipe(**LONG, **changes), device="cpu").memory_bytes["peak"]
+
+    # Just short of what one setting takes, so that the next one is the nearest.
+    taken = {"batch.micro": 1} if checkpointing else {"batch.micro": 3}
+    free = peak(**taken) - 1
+    monkeypatch.setattr(planning, "free_bytes", lambda backend: free)
+    found = plan(recipe(**LONG), device="cpu")
+    assert not found.fits
+    told = dict(re.findall(r"--set (\S+)=(\S+)", found.notes[-1]))
+    changes = {k: int(v) if v.isdigit() else v == "true" for k, v in told.items()}
+    assert changes.pop("model.gradient_checkpointing", False) is checkpointing
+    assert checkpointing or changes == {"batch.micro": 2}
+    settings = changes | {"model.gradient_checkpointing": checkpointing}
+    assert plan(recipe(**LONG, **settings), device="cpu").fits
+
+
+def test_what_cannot_fit_is_told_why(monkeypatch):
+    chosen = recipe(methods=("full",))
+    monkeypatch.setattr(planning, "free_bytes", lambda backend: 1000)
+    assert "weights, gradients and optimizer alone" in plan(chosen, device="cpu").notes[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 from typing import Any
 
 import typer
@@ -13,10 +14,14 @@ from .options import AsJson, Debug, Quiet
 
 _SWITCHES = ("OUTLAY_OFFLINE", "HF_HUB_OFFLINE")
 _PLACES = ("OUTLAY_CACHE", "OUTLAY_ASSETS", "HF_HOME")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
 
 def doctor(as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Check the installation: versions, machine, extras, packaged models and data, folders."""
+    """Check the installation: versions, machine, extras, packaged models and data, folders.
+
+    It is what an issue report needs: paste all of it, or the output of `--json`.
+    """
     found = examine()
     if as_json:
         screen.put_json(found)
@@ -26,10 +31,14 @@ def doctor(as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False) 
         screen.facts(
             [
                 ("versions", ", ".join(f"{n} {v}" for n, v in found["versions"].items())),
+                ("system", found["system"]),
                 ("hardware", found["hardware"]),
-                ("GPU", ", ".join(g["name"] for g in found["gpus"]) or "none"),
+                ("threads", found["threads_sentence"]),
+                ("GPU", ", ".join(map(_gpu_line, found["gpus"])) or "none"),
+                ("--device auto", found["device"]),
                 ("offline", found["offline"]["sentence"]),
                 *((f"{name} folder", place) for name, place in found["folders"].items()),
+                ("methods", found["methods"]["sentence"]),
             ]
         )
     )
@@ -52,6 +61,7 @@ def examine() -> dict[str, Any]:
     from .. import assets
     from ..assets.sources import cache_folder
     from ..comparison import machine
+    from ..training.backend import OneDevice
 
     gpus = [
         {"name": torch.cuda.get_device_name(i),
@@ -60,13 +70,18 @@ def examine() -> dict[str, Any]:
     ]  # fmt: skip
     if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
         gpus.append({"name": "Apple GPU (mps)", "memory_bytes": None})
+    threads, cores = torch.get_num_threads(), _cores()
+    told = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
     set_here = [name for name in _SWITCHES if os.environ.get(name, "") not in ("", "0")]
     return {
         "versions": machine.versions(),
         "hardware": machine.hardware(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "system": f"{platform.platform()}, torch built for "
+        + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"),
+        "cores": cores,
+        "threads": threads,
+        "threads_sentence": "; ".join([f"{threads} of {cores} cores", *told]),
+        "device": str(OneDevice("auto").device),
         "memory_bytes": int(machine.memory_gib() * 2**30),
         "gpus": gpus,
         "offline": {
@@ -79,6 +94,7 @@ def examine() -> dict[str, Any]:
             "runs": os.path.abspath("runs"),
             **{name: os.environ[name] for name in _PLACES if name in os.environ},
         },
+        "methods": _methods(),
         "extras": extras(),
         "assets": [
             {"name": a.name, "kind": a.kind, "installed": a.installed, "package": a.package,
@@ -110,12 +126,42 @@ def extras() -> list[dict[str, Any]]:
             {
                 "name": extra,
                 "installed": not missing,
-                "summary": ", ".join(r.name for r in parts),
+                "summary": ", ".join(_with_version(r.name) for r in parts),
                 "missing": missing,
                 "install": f'pip install "outlay[{extra}]"',
             }
         )
     return rows
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_line(gpu: dict[str, Any]) -> str:
+    memory = gpu["memory_bytes"]
+    return gpu["name"] if memory is None else f"{gpu['name']}, {memory / 2**30:.0f} GiB"
+
+
+def _with_version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
+
+
+def _methods() -> dict[str, Any]:
+    """How many methods there are, and which come from other packages; or what is wrong there."""
+    from ..core import registry
+    from ..core.errors import OutlayError
+
+    try:
+        known = registry.entries().values()
+    except OutlayError as error:
+        return {"known": None, "of_other_packages": [], "sentence": str(error)}
+    foreign = [f"{e.card.name} ({e.module})" for e in known if not e.module.startswith("outlay.")]
+    sentence = f"{len(known)}, of other packages: {', '.join(foreign) or 'none'}"
+    return {"known": len(known), "of_other_packages": foreign, "sentence": sentence}
 
 
 def _here(package: str) -> bool:

@@ -105,20 +105,29 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    """Four matrix products. A fused kernel makes the scores once more to save memory; that is not
+    counted, so that a budget in FLOPs means the same whichever kernel a machine has.
+    """
+    batch, heads, length, width = query
+    scores = 2 * batch * heads * length * width * key[2]
+    return sdpa_backward_flop_count(grad, query, key, value) - scores
 
 
-_CPU_ATTENTION: dict[str, Callable[..., int]] = {
+_ATTENTION: dict[str, Callable[..., int]] = {
+    # Torch's registry has none for attention on CPU.
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "_scaled_dot_product_flash_attention_backward": _attention_backward,
+    "_scaled_dot_product_efficient_attention_backward": _attention_backward,
+    "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
 }
 
 
 def _formula(packet: Any) -> Callable[..., int] | None:
-    """FLOP formula of an operator; torch's registry has none for attention on CPU."""
+    """FLOP formula of an operator: torch's own, but for attention."""
     name = getattr(packet, "__name__", "")
-    if name in _CPU_ATTENTION:
-        formula = _CPU_ATTENTION[name]
+    if name in _ATTENTION:
+        formula = _ATTENTION[name]
         return lambda *args, out_val=None, **kwargs: formula(
             *[a.shape if isinstance(a, torch.Tensor) else a for a in args]
         )

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...core.losses import Batch
 from ...core.meter import FlopCounter, Meter
-from ...core.method import OnModel, Step
+from ...core.method import OnModel, Seen, Step, Watcher
 from ...nn.targets import head_modules
 from ..assemble import Assembly, assemble
 from ..backend import OneDevice
@@ -123,8 +124,19 @@ def _prefix_of(assembly: Assembly, batch: Batch) -> Iterator[None]:
         yield
 
 
-def live_bytes(assembly: Assembly, batch: Batch, recipe: Recipe) -> dict[str, int]:
-    """Live bytes through one step at a shape, the optimizer's moments already there."""
+def live_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> dict[str, int]:
+    """Live bytes through one step at a shape, what outlives a step already there.
+
+    Watchers see the step and may change the assembly: ask for nothing else afterwards.
+
+    Args:
+        assembly: The run on fake tensors.
+        batch: The shape.
+        notes: Where it says what could not be counted.
+
+    Returns:
+        weights, gradients, optimizer (what watchers keep included), activations and peak.
+    """
     named = list(assembly.live.named_parameters())
     trainable = [p for _, p in named if p.requires_grad]
     state = _state_bytes(assembly)
@@ -133,12 +145,12 @@ def live_bytes(assembly: Assembly, batch: Batch, recipe: Recipe) -> dict[str, in
         tracker.hold(*(p for _, p in named), *assembly.model.buffers())
         weights = tracker.now
         _pass(assembly, _on_device(assembly, batch))
-        del batch
         gradients = sum(p.numel() * p.element_size() for p in trainable)
     # The update needs a temporary or two of the largest parameter (all of them with foreach).
     largest = max((p.numel() * p.element_size() for p in trainable), default=0)
     foreach = assembly.loop.backend.device.type == "cuda"
     update = weights + gradients + (gradients if foreach else 2 * largest)
+    state += _watched_bytes(assembly, batch, notes)
     peak = max(tracker.peak, update) + state
     for parameter in trainable:
         parameter.grad = None
@@ -149,6 +161,27 @@ def live_bytes(assembly: Assembly, batch: Batch, recipe: Recipe) -> dict[str, in
         "activations": max(0, peak - weights - gradients - state),
         "peak": peak,
     }
+
+
+def _watched_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> int:
+    """Bytes of the tensors that watchers keep from a first step on."""
+    step = Step(0, 0.0, assembly.recipe.seed, total=assembly.context.total_steps or 0)
+    rows = torch.empty(len(batch["ids"]), device=assembly.loop.backend.device)
+    seen = Seen(rows, rows, tuple(batch["ids"]), (), 0.0)
+    total = 0
+    for watcher in assembly.watchers:
+        try:
+            watcher.after_backward(step, seen)
+            watcher.after_update(step)
+            total += sum(t.numel() * t.element_size() for t in kept_by(watcher))
+        except Exception:  # what reads values has none here
+            notes.append(f"memory that {type(watcher).__name__} keeps is not counted")
+    return total
+
+
+def kept_by(watcher: Watcher) -> list[Tensor]:
+    """Tensors that a watcher keeps from step to step."""
+    return [leaf for leaf in tree_leaves(watcher.state_dict()) if isinstance(leaf, Tensor)]
 
 
 def _state_bytes(assembly: Assembly) -> int:

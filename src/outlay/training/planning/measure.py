@@ -17,6 +17,7 @@ from ..assemble import Assembly, assemble
 from ..backend import OneDevice
 from ..materials import Materials
 from ..recipe import Recipe
+from .fake import kept_by
 from .memory import measured_peak
 from .shapes import Shape, spread
 
@@ -68,11 +69,12 @@ def measure_steps(
         new_tokens=materials.new_tokens,
     )
     assembly.loop.gradients.flops.known = _AnyShape()
+    assembly.live.engine = assembly.loop
     assembly.model.train()
     prefix = assembly.loop.gradients.prefix
 
-    def work_at(rank: int, shape: Shape) -> Callable[[], None]:
-        step = Step(rank, 0.0, recipe.seed, total=steps or 0)
+    def work_at(shape: Shape) -> Callable[[], None]:
+        step = Step(0, 0.0, recipe.seed, total=steps or 0)
         return lambda: _one_step(assembly, step, [backend.place(shape.batch)])
 
     def lower_layers(shape: Shape) -> float:
@@ -86,10 +88,10 @@ def measure_steps(
     ordered = sorted(shapes, key=lambda shape: shape.cells)
     times: dict[Any, float] = {}
     once: dict[Any, float] = {}
-    for rank, index in enumerate(sorted({0, len(ordered) // 2, len(ordered) - 1})):
+    for index in sorted({0, len(ordered) // 2, len(ordered) - 1}):
         shape = ordered[index]
         once[shape.key] = min(lower_layers(shape) for _ in range(2))
-        work = work_at(rank, shape)
+        work = work_at(shape)
         work()
         times[shape.key] = min(_timed(work, backend) for _ in range(3))
     held = [
@@ -102,8 +104,9 @@ def measure_steps(
             for value in state.values()
             if isinstance(value, Tensor)
         ),
+        *(tensor for watcher in assembly.watchers for tensor in kept_by(watcher)),
     ]
-    peak = measured_peak(work_at(9, ordered[-1]), backend, held)
+    peak = measured_peak(work_at(ordered[-1]), backend, held)
     seconds, lower = spread(shapes, times), spread(shapes, once)
     total = sum(seconds[shape.key] * shape.count for shape in shapes) * scale
     total += sum(lower[shape.key] * shape.fresh for shape in shapes) * newly
@@ -121,11 +124,18 @@ class _AnyShape(dict[Any, dict[str, int]]):
 
 
 def _one_step(assembly: Assembly, step: Step, batches: list[Batch]) -> None:
-    """What the loop does in a step, watchers left out."""
-    assembly.loop.gradients.accumulate(step, batches)
+    """What the loop does in a first step; a watcher's schedule stays where it is."""
+    assembly.live.open = False
+    seen, _ = assembly.loop.gradients.accumulate(step, batches)
     assembly.loop.clip_gradients()
+    for watcher in assembly.watchers:
+        watcher.after_backward(step, seen)
     for optimizer in assembly.live.optimizers:
         optimizer.step()
+    assembly.live.open = True
+    for watcher in assembly.watchers:
+        watcher.after_update(step)
+    for optimizer in assembly.live.optimizers:
         optimizer.zero_grad(set_to_none=True)
 
 

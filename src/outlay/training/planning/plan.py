@@ -25,6 +25,7 @@ from .fake import assembled, faked, live_bytes, parameter_counts, step_flops
 from .measure import measure_steps
 from .memory import free_bytes
 from .shapes import drawn_shapes, share_of_new_rows, some_of, spread
+from .way_out import way_out
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Plan:
 
     Attributes:
         params: total, trainable (head included) and head.
-        memory_bytes: weights, gradients, optimizer, activations and peak, at the widest batch.
+        memory_bytes: weights, gradients, optimizer (its moments, and what methods keep from step
+            to step), activations and peak, at the widest batch.
         flops: Forward and backward of the whole run, multiply-add as two.
         seconds: Predicted training time; None unless measured.
         fits: True if the peak fits the memory that is free now.
@@ -100,11 +102,11 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
     with FakeTensorMode(allow_non_fake_inputs=True), fakes_move():
         assembly = assembled(recipe, materials, backend, faked(hollow, backend.device))
         params = parameter_counts(assembly)
-        memory = live_bytes(assembly, widest.batch, recipe)
         counted = {shape.key: step_flops(assembly, shape.batch) for shape in some_of(shapes)}
         chain = _chain(recipe, assembly)
+        notes: list[str] = []
+        memory = live_bytes(assembly, widest.batch, notes)
     steps = expected_steps(recipe.budget, recipe.batch.size, assembly.live.pool)
-    notes = []
     micro = recipe.batch.size // (recipe.batch.micro or recipe.batch.size)
     per_batch = spread(shapes, {key: both[0] for key, both in counted.items()})
     once = spread(shapes, {key: both[1] for key, both in counted.items()})
@@ -130,7 +132,9 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
         }  # fmt: skip
         found.fits = taken.peak <= free
     if not found.fits:
-        found.notes.append(_way_out(recipe, found, free))
+        scale = found.memory_bytes["peak"] / memory["peak"]
+        told = way_out(recipe, materials, backend, found.memory_bytes, free, scale)
+        found.notes.append(told)
     return found
 
 
@@ -155,17 +159,3 @@ def _steps_of(budget: Budget, flops: dict[Any, float], micro: int) -> int | None
         return None
     mean = sum(flops.values()) / len(flops) * micro
     return max(1, round(budget.amount / mean)) if mean else None
-
-
-def _way_out(recipe: Recipe, found: Plan, free: int) -> str:
-    """The nearest setting that fits: activations shrink with the micro-batch."""
-    fixed = found.memory_bytes["peak"] - found.memory_bytes["activations"]
-    micro = recipe.batch.micro or recipe.batch.size
-    share = (free - fixed) / max(1, found.memory_bytes["activations"])
-    fitting = [m for m in range(1, micro) if recipe.batch.size % m == 0 and m <= share * micro]
-    short = f"peak {found.memory_bytes['peak']:,} bytes, {free:,} free: "
-    if fitting:
-        return f"{short}--set batch.micro={fitting[-1]} fits"
-    if not getattr(recipe.model, "gradient_checkpointing", True):
-        return f"{short}try --set model.gradient_checkpointing=true and batch.micro=1"
-    return f"{short}weights, gradients and optimizer alone take {fixed:,}; train fewer parameters"

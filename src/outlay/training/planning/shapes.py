@@ -18,7 +18,8 @@ from ..materials import Materials
 from ..recipe import Recipe
 
 _LOOKED_AT = 200  # steps whose real batch shapes are drawn; longer runs are extrapolated
-_SHAPES = 6  # shapes that are worked out one by one; others are interpolated by tokens
+_SHAPES = 6  # shapes that are worked out one by one; others are interpolated by length
+_PAIRS = 10  # the same where two lengths vary, as in sequence to sequence
 
 
 @dataclass
@@ -62,23 +63,44 @@ def _is(value: Any) -> bool:
 def some_of(shapes: list[Shape]) -> list[Shape]:
     """All shapes, or if there are many, ones spread over the sizes."""
     ordered = sorted(shapes, key=lambda shape: shape.cells)
-    if len(ordered) <= _SHAPES:
+    wanted = _PAIRS if any(len(set(lengths_of(shape))) > 1 for shape in shapes) else _SHAPES
+    if len(ordered) <= wanted:
         return ordered
-    picks = {round(i * (len(ordered) - 1) / (_SHAPES - 1)) for i in range(_SHAPES)}
+    picks = {round(i * (len(ordered) - 1) / (wanted - 1)) for i in range(wanted)}
     return [ordered[index] for index in sorted(picks)]
 
 
+def lengths_of(shape: Shape) -> tuple[int, int]:
+    """Tokens of a row that go in, and those that are asked for."""
+    held: list[Any] = [shape.batch.get(name) for name in ("input_ids", "labels")]
+    sizes = [value.shape[1] for value in held if _is(value) and value.dim() > 1]
+    return (sizes[0], sizes[-1]) if sizes else (0, 0)
+
+
 def spread(shapes: list[Shape], known: dict[Any, float]) -> dict[Any, float]:
-    """A value for every shape: known ones, and a quadratic in size between them."""
+    """A value for every shape: known ones, and a quadratic between them.
+
+    FLOPs are a quadratic in the two lengths, and between enough points it gives them exactly. A
+    few points, as those of times, take one in the number of cells.
+    """
     import numpy as np
 
     if len(known) == len(shapes):
         return known
-    points = [(shape.cells, known[shape.key]) for shape in shapes if shape.key in known]
-    x, y = np.array(points, dtype=float).T
-    curve = np.polyfit(x, y, 2)
+    sizes = np.array([(shape.cells, *lengths_of(shape)) for shape in shapes], dtype=float)
+    cells, first, second = (sizes / np.maximum(sizes.max(0), 1)).T
+    one = np.ones_like(cells)
+    if len(known) >= _SHAPES and (first != second).any():
+        terms = np.stack([one, first, second, first**2, second**2, first * second], 1)
+    else:
+        terms = np.stack([one, cells, cells**2][: len(known)], 1)
+    there = [index for index, shape in enumerate(shapes) if shape.key in known]
+    values = np.array([known[shapes[index].key] for index in there], dtype=float)
+    curve = np.linalg.lstsq(terms[there], values, rcond=None)[0]
+    made = terms @ curve
     return {
-        shape.key: known.get(shape.key, float(np.polyval(curve, shape.cells))) for shape in shapes
+        shape.key: known.get(shape.key, max(0.0, float(value)))
+        for shape, value in zip(shapes, made, strict=True)
     }
 
 
