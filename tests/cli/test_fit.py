@@ -70,7 +70,7 @@ def test_kept_and_used_on_new_rows(call, tmp_path):
     (("nearest_class_mean", "--data", "rows.csv", "--target", "kid"), "did you mean 'kind'"),
     (("nearest_class_mean", "--data", "rows.csv", "--target", "f0"), "in column 'kind' is no"),
     (("nearest_class_mean", "--data", "none.csv", "--target", "kind"), "does not exist"),
-    (("tfidf_logistic_regression", "--data", "rows.csv", "--target", "kind"), "give one of nearest"),
+    (("feature_probe", "--data", "rows.csv", "--target", "kind"), "give one of nearest"),
     (("nearest_class_means", "--data", "rows.csv", "--target", "kind"), "did you mean"),
     (("nearest_class_mean(metric='l1')", "--data", "rows.csv", "--target", "kind"), "metric"),
     (("nearest_class_mean", "--data", "wide.parquet", "--target", "f1", "--features", "f0,f2"),
