@@ -81,7 +81,7 @@ def _images(backbone: Backbone, sample: list[Any]) -> list[Finding]:
     found = [
         _finding("the model says how it wants images", wanted.declared,
                  f"preprocessor_config.json is {'there' if wanted.declared else 'missing'}: "
-                 f"mean {list(wanted.mean) or 'none'}, deviation {list(wanted.deviation) or 'none'}"),
+                 f"mean {wanted.mean or 'none'}, deviation {wanted.deviation or 'none'}"),
         _finding("values lie between 0 and 1 before standardizing", low >= 0 and 0.1 < high <= 1,
                  f"from {low:.3g} to {high:.3g}"),
     ]  # fmt: skip
