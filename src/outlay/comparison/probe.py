@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..assets.sources import cache_folder
-from ..core.errors import ConfigError, DataError
-from ..training.backbone import IMAGE, POOLINGS, Backbone, open_backbone
+from ..core.errors import DataError
+from ..training.backbone import IMAGE, Backbone, open_backbone
 from ..training.continual import (
     FORMULAS,
     Task,
@@ -80,11 +80,8 @@ def probe(
         DataError: If the rows are not what the model reads.
     """
     settings = settings or ProbeSettings()
-    pooling: Any = settings.pooling
-    if pooling not in POOLINGS:
-        raise ConfigError(f"pooling = {pooling!r} is not allowed", f"give {', '.join(POOLINGS)}")
     say("reading rows")
-    backbone = open_backbone(model, settings.layer, pooling, settings.length)
+    backbone = open_backbone(model, settings.layer, settings.pooling, settings.length)
     splits = load(data, backbone.task)
     if not splits.test:
         raise DataError("there is no test row", "give a test split or a share of the rows")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from .data.labels import Labels
 from .models.load import load_model, load_tokenizer
 from .specs import ModelSpec
 
-Pooling = Literal["auto", "mean", "cls", "flatten"]
 POOLINGS = ("auto", "mean", "cls", "flatten")
 TEXT, IMAGE = "sequence-classification", "image-classification"
 
@@ -83,7 +82,7 @@ class Backbone:
     task: str
     preprocessing: Preprocessing
     layer: int = -1
-    pooling: Pooling = "auto"
+    pooling: str = "auto"
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
 
     def depends(self) -> dict[str, Any]:
@@ -211,7 +210,7 @@ class Backbone:
 
 
 def open_backbone(
-    model: str, layer: int = -1, pooling: Pooling = "auto", length: int = 128
+    model: str, layer: int = -1, pooling: str = "auto", length: int = 128
 ) -> Backbone:
     """Find a model and read how it wants its inputs; weights are not read yet.
 

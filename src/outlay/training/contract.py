@@ -45,7 +45,8 @@ def audit(backbone: Backbone, rows: Sequence[Any]) -> list[Finding]:
     looked = _images(backbone, sample) if backbone.task == IMAGE else _texts(backbone, sample)
     together = np.concatenate(list(backbone.features(sample)))
     alone = np.concatenate(list(backbone.features(sample[:_ALONE], batch_size=1)))
-    apart = np.abs(alone - together[: len(alone)]).max() / max(1e-12, np.abs(alone).max())
+    largest = max(1e-12, float(np.abs(alone).max()))
+    apart = float(np.abs(alone - together[: len(alone)]).max()) / largest
     looked.append(
         _finding("a row's features do not depend on its batch", apart < 1e-3,
                  f"alone and in a batch they differ by {apart:.1e} of the largest")

@@ -189,7 +189,7 @@ def _mark(number: int, x: float, y: float) -> str:
 
 def _heat_map(name: str, matrix: Sequence[Sequence[float | None]], tasks: Sequence[str]) -> str:
     """R[t, j]: a row after each task, a column a task."""
-    cell, left, top = 64, 150, 34
+    cell, left, top = 84, 150, 34
     drawn = [f'<text x="{left + cell * (j + 0.5)}" y="{top - 10}" text-anchor="middle">'
              f"{_e(clipped(task, cell - 6))}</text>" for j, task in enumerate(tasks)]  # fmt: skip
     for t, row in enumerate(matrix):
