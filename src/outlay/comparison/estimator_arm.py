@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def fit_arm(estimator: Any, materials: Materials, recipe: Recipe, folder: Path) 
     inputs, flops = _inputs(estimator.takes, materials, recipe)
     index = materials.labels.label2id
     targets = {s: [index[row["label"]] for row in rows] for s, rows in materials.rows.items()}
-    estimator.fit(inputs["train"], targets["train"], (inputs["validation"], targets["validation"]))
+    held_out = (inputs["validation"], targets["validation"])
+    tuned = (held_out,) if "validation" in inspect.signature(estimator.fit).parameters else ()
+    estimator.fit(inputs["train"], targets["train"], *tuned)
     seconds = time.perf_counter() - started
     metrics: dict[str, float] = {}
     for split in recipe.evaluate.splits:
@@ -45,7 +48,7 @@ def fit_arm(estimator: Any, materials: Materials, recipe: Recipe, folder: Path) 
             found = [int(k) for k in estimator.predict(inputs[split])]
             measured = classification_metrics(found, targets[split])
             metrics |= {f"{split}/{key}": value for key, value in measured.items()}
-    weights = np.ascontiguousarray(estimator.model_.coef_, dtype="<f8").tobytes()
+    weights = np.ascontiguousarray(estimator.linear_form()[0], dtype="<f8").tobytes()
     meter = {
         "steps": 0, "tokens": 0, "examples": len(targets["train"]), "flops": flops,
         "seconds": seconds, "trainable_parameters": estimator.num_parameters,

@@ -46,6 +46,10 @@ class TunedLogisticRegression:
         """Fitted coefficients and intercepts."""
         return int(self.model_.coef_.size + self.model_.intercept_.size)
 
+    def linear_form(self) -> tuple[Any, Any]:
+        """Coefficients and intercepts. Shapes (classes or 1, width) and (classes or 1,)."""
+        return self.model_.coef_, self.model_.intercept_
+
     def predict(self, rows: Any) -> Any:
         """Classes of rows."""
         return self.model_.predict(self.matrix(rows))
