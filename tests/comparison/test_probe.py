@@ -190,6 +190,22 @@ def test_what_is_refused(encoder, vision, rows, tmp_path):
         probe(str(encoder), spec(rows), ProbeSettings(length=100_000))
 
 
+def test_the_random_twin_is_another_network_and_leaves_the_generator_alone(vision):
+    import torch
+
+    generator = np.random.default_rng(0)
+    rows = [{"pixel_values": generator.random((1, 8, 8), dtype=np.float32)} for _ in range(3)]
+    state = torch.get_rng_state()
+    found = []
+    for seed in (None, 0, 0, 1):
+        backbone = open_backbone(str(vision / "vit"))
+        backbone.random_seed = seed
+        found.append(next(iter(backbone.features(rows))))
+    assert torch.equal(state, torch.get_rng_state())
+    np.testing.assert_array_equal(found[1], found[2])
+    assert np.abs(found[0] - found[1]).max() > 1e-3 < np.abs(found[1] - found[3]).max()
+
+
 def test_wilsons_interval():
     low, high = wilson(8, 10)
     assert low == pytest.approx(0.4902, abs=1e-3) and high == pytest.approx(0.9433, abs=1e-3)
@@ -198,7 +214,17 @@ def test_wilsons_interval():
 
 def test_the_command(encoder, rows, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ("probe", str(encoder), "--data", str(rows), "--tasks", "2", "--orders", "1")
+    words = (
+        "probe",
+        str(encoder),
+        "--data",
+        str(rows),
+        "--tasks",
+        "2",
+        "--orders",
+        "1",
+        "--random-twin",
+    )
     assert run_app(words) == 0, capsys.readouterr().err
     out, _ = capsys.readouterr()
     assert "nearest_class_mean" in out and "report.html" in out

@@ -46,6 +46,9 @@ Tasks = Annotated[
     typer.Option(min=1, help="Tasks that classes are parted into; 1 leaves the stream out."),
 ]
 Orders = Annotated[int, typer.Option(min=1, help="Random orders of classes or domains.")]
+Twin = Annotated[
+    bool, typer.Option("--random-twin", help="The same network with random weights beside it.")
+]
 Place = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the report.")]
 Seed = Annotated[int, typer.Option(help="Decides the orders.")]
 
@@ -63,6 +66,7 @@ def probe(
     length: Length = 128,
     tasks: Tasks = None,
     orders: Orders = 3,
+    random_twin: Twin = False,
     out: Place = Path("probe"),
     seed: Seed = 0,
     force: Force = False,
@@ -83,7 +87,8 @@ def probe(
             {"text": text, "label": label, "domain": domain, "limit": limit,
              "deduplicate": deduplicate},
             {"layer": layer, "pooling": pooling, "length": length, "tasks": tasks,
-             "orders": orders, "domains": domain is not None, "seed": seed},
+             "orders": orders, "domains": domain is not None, "seed": seed,
+             "random_twin": random_twin},
         )  # fmt: skip
         from ..comparison.page.probe_page import probe_markdown, probe_page, sentence
 

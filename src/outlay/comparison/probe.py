@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class ProbeSettings:
         orders: Random orders of classes or domains.
         domains: True to learn domain after domain too; the data names them.
         seed: Decides the orders.
+        random_twin: Fit the heads on the same network with random weights too.
     """
 
     layer: int = -1
@@ -57,6 +58,7 @@ class ProbeSettings:
     orders: int = 3
     domains: bool = False
     seed: int = 0
+    random_twin: bool = False
 
 
 def probe(
@@ -91,10 +93,14 @@ def probe(
     seconds = time.perf_counter() - started
     labels = {split: np.array([row["label"] for row in splits[split]]) for split in SPLITS}
     sets = {"model": found.splits, "raw": raw_inputs(backbone, splits)}
+    if settings.random_twin:
+        say("features of the random twin")
+        twin = replace(backbone, random_seed=settings.seed, _loaded=None)
+        sets["random weights"] = backbone_features(twin, splits).splits
     measured, strength, neighbours = [], 0.1, 5
     for source, features in sets.items():
         for name, made in heads().items():
-            say(f"{name} on {source} inputs" if source == "raw" else name)
+            say(name if source == "model" else f"{name} on {source}")
             head = _measured(name, source, made(), features, labels)
             measured.append(head)
             if source == "model":

@@ -118,11 +118,13 @@ def row_norms(block: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def not_finite(features: np.ndarray) -> DataError:
-    """The error that names every row with NaN or infinity."""
+    """The error that names every row with NaN or infinity, or says that finite rows overflow."""
     bad = np.concatenate([
         np.flatnonzero(~np.isfinite(features[part]).all(axis=1)) + part.start
         for part in blocks_of(*features.shape)
     ])  # fmt: skip
+    if not len(bad):
+        return DataError("sums of these features exceed float64", "scale the features down")
     shown = ", ".join(map(str, bad[:_SHOWN_ROWS])) + (", ..." if len(bad) > _SHOWN_ROWS else "")
     return DataError(
         f"features hold NaN or inf in {len(bad)} of {len(features)} rows: {shown}",

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from ..core.errors import DataError
-from ._features import ZeroRowsWarning, blocks_of, row_norms
+from ._features import ZeroRowsWarning, blocks_of, not_finite, row_norms
 
 Scatter = Literal["none", "diagonal", "full"]
 
@@ -226,8 +226,8 @@ class ClassStatistics:
             classes = index[part]
             block = buffer[: len(classes)]
             np.copyto(block, features[part])
-            norms = row_norms(block, features)
             if self.normalize:
+                norms = row_norms(block, features)
                 zero = norms == 0
                 if zero.any():
                     found.zero_rows += np.bincount(classes[zero], minlength=len(found.labels))
@@ -256,7 +256,7 @@ class ClassStatistics:
                     np.ones(len(classes)), classes, len(found.labels), centered
                 )
         if not np.isfinite(found.sums).all():
-            raise DataError("sums of these features exceed float64", "scale the features down")
+            raise not_finite(features)
         # About the reference until here; about the mean from here on.
         places = np.arange(len(found.labels))
         found._add_deviations(

@@ -76,6 +76,7 @@ class Backbone:
         layer: Which hidden state; -1 is the last one, after the model's own final norm.
         pooling: "mean" over tokens or places, "cls" for the first token, "flatten" for all; "auto"
             takes what the model was made for.
+        random_seed: Draw all weights anew from this seed: the control for what pre-training gave.
     """
 
     place: Path
@@ -83,11 +84,15 @@ class Backbone:
     preprocessing: Preprocessing
     layer: int = -1
     pooling: str = "auto"
+    random_seed: int | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
 
     def depends(self) -> dict[str, Any]:
         """What features depend on beside the model's files and the data."""
-        return {"layer": self.layer, "pooling": self.pooling, **asdict(self.preprocessing)}
+        return {
+            "layer": self.layer, "pooling": self.pooling, "random_seed": self.random_seed,
+            **asdict(self.preprocessing),
+        }  # fmt: skip
 
     @property
     def is_onnx(self) -> bool:
@@ -97,6 +102,10 @@ class Backbone:
     def load(self) -> tuple[Any, Any]:
         """The model in evaluation mode and its tokenizer (None for images), loaded once."""
         if self._loaded is None:
+            if self.is_onnx and self.random_seed is not None:
+                raise ConfigError(
+                    "an ONNX file has no twin with random weights", "give a transformers folder"
+                )
             if self.is_onnx:
                 runtime: Any = require("onnxruntime", "onnx")
                 options = runtime.SessionOptions()
@@ -112,6 +121,11 @@ class Backbone:
                     ModelSpec(path=str(self.place)), self.task, labels,
                     length=self.preprocessing.length,
                 )  # fmt: skip
+                if self.random_seed is not None:
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(self.random_seed)
+                        loaded: Any = model
+                        model = type(loaded)(loaded.config)
                 self._loaded = model.eval(), tokenizer
         return self._loaded
 

@@ -22,6 +22,7 @@ from ..core.errors import ConfigError, DataError
 
 FORMAT = 1  # raised when features are computed in another way
 _FACTS = "features.json"
+_READ = (".json", ".safetensors", ".txt", ".model", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,16 @@ class FeatureSet:
 
 
 def files_fingerprint(folder: Path) -> str:
-    """SHA-256 of a model's files: names and content of weights, settings and tokenizer."""
+    """SHA-256 of a model's files: names and content of weights, settings and tokenizer.
+
+    Args:
+        folder: Its folder, or an ONNX file: then of that file and the settings beside it.
+    """
     digest = hashlib.sha256()
-    files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    for file in files:
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".model", ".onnx"):
+    weights = {folder.name} if folder.is_file() else None
+    for file in sorted((folder.parent if weights else folder).iterdir()):
+        own = weights is None or file.suffix in (".json", ".txt", ".model") or file.name in weights
+        if own and file.is_file() and file.suffix in _READ:
             with file.open("rb") as content:
                 inner = hashlib.file_digest(content, "sha256").hexdigest()
             digest.update(f"{file.name}\0{inner}\0".encode())

@@ -65,6 +65,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     """What the probe says, in one or two sentences."""
     best = max((h for h in found["heads"] if h["inputs"] == "model"), key=lambda h: h["accuracy"])
     raw = max((h for h in found["heads"] if h["inputs"] == "raw"), key=lambda h: h["accuracy"])
+    twins = [h for h in found["heads"] if h["inputs"] == "random weights"]
     text = (
         f"On the model's features {best['head']} reaches {_percent(best['accuracy'])} of "
         f"{found['rows']['test']:,} test rows; on raw inputs the best head, {raw['head']}, "
@@ -72,6 +73,12 @@ def sentence(found: Mapping[str, Any]) -> str:
     )
     if best["interval"][0] <= raw["accuracy"]:
         text += " These rows do not show that the features are better than raw inputs."
+    if twins:
+        twin = max(twins, key=lambda h: h["accuracy"])
+        text += (
+            f" With random weights the same network reaches {_percent(twin['accuracy'])} "
+            f"({twin['head']})."
+        )
     warnings = sum(f["status"] == "warning" for f in found["audit"])
     if warnings:
         text += f" The audit of the inputs has {warnings} warning{'s' if warnings > 1 else ''}."
@@ -228,15 +235,18 @@ def _head_figure(heads: Sequence[Mapping[str, Any]]) -> str:
     for number, head in enumerate(heads):
         middle = 10 + row * (number + 0.5)
         low, high = head["interval"]
-        kind = 0 if head["inputs"] == "model" else 1
-        label = head["head"] + (" on raw inputs" if kind else "")
+        kind = ("model", "raw", "random weights").index(head["inputs"])
+        label = head["head"] + ("", ", raw inputs", ", random weights")[kind]
         drawn.append(
             f'<g class="c{kind}"><text class="value" x="{left - 12}" y="{middle + 4}" '
             f'text-anchor="end">{_e(label)}</text><line class="line" x1="{x(low):.1f}" '
             f'x2="{x(high):.1f}" y1="{middle}" y2="{middle}"/>'
             f"{_mark(kind, x(head['accuracy']), middle)}</g>"
         )
-    caption = "Test accuracy with 95 % intervals over rows; squares are raw inputs."
+    caption = (
+        "Test accuracy with 95 % intervals over rows; squares are raw inputs, diamonds random "
+        "weights."
+    )
     return _figure(f'viewBox="0 0 {_WIDE} {bottom + 28}"', "".join(drawn), caption)
 
 
