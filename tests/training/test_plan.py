@@ -78,28 +78,26 @@ def test_a_plan_is_right_by_other_counts(error, architecture, method):
     assert error.out_of_bounds(found) == [], found["ratios"]
 
 
-LONG = {
-    "model.layers": 1, "batch.size": 6, "batch.length": 256, "batch.pad_to": 0, "methods": ("full",)
-}  # fmt: skip
+LONG = {"batch.length": 256, "batch.pad_to": 0, "methods": ("full",)}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_does_not_fit_is_told_the_nearest_setting_that_does(monkeypatch, checkpointing):
-    def peak(**changes: Any) -> int:
-        return plan(recipe(**LONG, **changes), device="cpu").memory_bytes["peak"]
-
+    size, layers = (2, 3) if checkpointing else (6, 1)
+    chosen = recipe(**LONG, **{"batch.size": size, "model.layers": layers})
     # Just short of what one setting takes, so that the next one is the nearest.
-    taken = {"batch.micro": 1} if checkpointing else {"batch.micro": 3}
-    free = peak(**taken) - 1
+    micro = 1 if checkpointing else 3
+    near = plan(chosen.changed({"batch.micro": micro}), device="cpu")
+    free = near.memory_bytes["peak"] - 1
     monkeypatch.setattr(planning, "free_bytes", lambda backend: free)
-    found = plan(recipe(**LONG), device="cpu")
+    found = plan(chosen, device="cpu")
     assert not found.fits
     told = dict(re.findall(r"--set (\S+)=(\S+)", found.notes[-1]))
     changes = {k: int(v) if v.isdigit() else v == "true" for k, v in told.items()}
     assert changes.pop("model.gradient_checkpointing", False) is checkpointing
     assert checkpointing or changes == {"batch.micro": 2}
     settings = changes | {"model.gradient_checkpointing": checkpointing}
-    assert plan(recipe(**LONG, **settings), device="cpu").fits
+    assert plan(chosen.changed(settings), device="cpu").fits
 
 
 def test_what_cannot_fit_is_told_why(monkeypatch):
