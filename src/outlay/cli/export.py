@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from enum import Enum
@@ -13,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.drafts import drafted
 from . import screen
 from .inputs import free_place, run_folder
 from .options import AsJson, Debug, Device, Force, Quiet, RunFolder, Threads
@@ -77,24 +75,5 @@ def export(
 
 def write_folder(target: Path, write: Callable[[Path], str]) -> str:
     """Have a folder written beside its place, then put it there: whole or not at all."""
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    draft.chmod(0o777 & ~umask)
-    old = None
-    try:
-        said = write(draft)
-        if target.exists():
-            old = draft.with_name(f"{draft.name}-old")
-            os.replace(target, old)
-        os.replace(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        if old is not None and old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    return said
+    with drafted(target) as draft:
+        return write(draft)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..core.drafts import drafted
 from ..core.errors import ConfigError, DataError
 
 SETTINGS, ARRAYS = "estimator.json", "statistics.safetensors"
@@ -42,23 +40,10 @@ def save(estimator: Any, folder: Path, overwrite: bool) -> Path:
             "counts": found.counts, "zero_rows": found.zero_rows, "sums": found.sums,
             "deviations": found.deviations,
         }  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        draft.chmod(0o755)
+    with drafted(folder) as draft:
         save_file(arrays, str(draft / ARRAYS))
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        if folder.exists():
-            old = draft.with_name(draft.name + "-old")
-            os.replace(folder, old)
-            os.replace(draft, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return folder
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.drafts import drafted
 from ...core.errors import ConfigError
 from ..data.labels import Labels
 from .heads import output_layer
@@ -85,24 +83,8 @@ def save_model(
         )
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(folder)!r} is there already", "give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        # mkdtemp makes the folder private; the umask decides for what a user asked for.
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o777 & ~umask)
+    with drafted(folder) as draft:
         _write(model, tokenizer, draft, labels)
-        if folder.exists():
-            old = draft.with_name(draft.name + "-old")
-            os.replace(folder, old)
-            os.replace(draft, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return folder
 
 
