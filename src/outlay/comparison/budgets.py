@@ -20,9 +20,14 @@ _CHECKED = {
     "tokens": ("tokens",),
     "examples": ("examples",),
     "flops": ("flops",),
+    "effective_flops": ("effective_flops",),
     "seconds": ("seconds",),
 }
-_WORDS = {"flops": "FLOPs", "seconds": "seconds of training"}
+_WORDS = {
+    "flops": "FLOPs",
+    "effective_flops": "effective FLOPs",
+    "seconds": "seconds of training",
+}
 
 
 def checked_units(recipe: Recipe) -> tuple[str, ...]:
@@ -81,7 +86,7 @@ def budget_sentence(recipe: Recipe, results: Results) -> str:
     words = listed([_WORDS.get(unit, unit) for unit in units])
     allowed = f"{100 * tolerance(recipe, results):.2g} %"
     text = f"Equal means: as many {words} for every arm, to within {allowed}."
-    if units[0] in ("flops", "seconds"):
+    if units[0] in ("flops", "effective_flops", "seconds"):
         text += " Arms whose steps cost less take more steps and see more tokens."
     if units[0] == "seconds":
         text += " Seconds hold for this machine and what else ran on it."
@@ -94,5 +99,7 @@ def amount_text(budget: Budget) -> str:
         return duration(budget.amount)
     if budget.unit == "flops":
         return prefixed(budget.amount, "FLOP")
+    if budget.unit == "effective_flops":
+        return f"{prefixed(budget.amount, 'FLOP')} (effective)"
     amount = int(budget.amount)
     return f"{amount:,} {budget.unit.rstrip('s') if amount == 1 else budget.unit}"

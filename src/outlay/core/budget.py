@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigError, nearest
 
-UNITS = ("steps", "tokens", "examples", "flops", "seconds")
+UNITS = ("steps", "tokens", "examples", "flops", "effective_flops", "seconds")
 CAPS = ("trainable_parameters", "bytes")
 _ALIASES = {
     "step": "steps", "token": "tokens", "tok": "tokens", "example": "examples", "ex": "examples",

@@ -344,6 +344,14 @@ class Live:
             if rest["state"]:
                 optimizer.state[parameter] = rest["state"]
 
+    def zeros(self) -> dict[str, float]:
+        """Share of each masked parameter's entries that are held at zero, by name."""
+        return {
+            name: mask.still / mask.keep.numel()
+            for name, mask in self.masks.items()
+            if mask.kind == "hard"
+        }
+
     # ---- services ----------------------------------------------------------------------------
 
     def term_gradients(

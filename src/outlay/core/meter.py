@@ -1,11 +1,18 @@
-"""One meter counts every budget at once; extra work is charged under its own name."""
+"""One meter counts every budget at once; extra work is charged under its own name.
+
+FLOPs are counted in three ways that are never mixed. `flops` were executed. `effective_flops`
+leave out what was spent on entries that a mask holds at zero, or on forming a dense matrix from
+sparse and low-rank parts: what hardware that skips zeros would do. `dense_flops` are those of the
+plain dense layers in their place.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,12 +20,35 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from .budget import UNITS, Budget
 
+FLOP_KINDS = ("flops", "effective_flops", "dense_flops")
+
+
+class Flops(NamedTuple):
+    """FLOPs of one piece of work.
+
+    Attributes:
+        executed: What was done.
+        effective: Without entries that are known to be zero.
+        dense: With plain dense layers in the place of sparse and low-rank ones.
+    """
+
+    executed: int
+    effective: int
+    dense: int
+
+    def __add__(self, other: Any) -> Flops:  # type: ignore[override]
+        return Flops(*(a + b for a, b in zip(self, other)))
+
+    def named(self) -> dict[str, int]:
+        """By the names of the meter's totals."""
+        return dict(zip(FLOP_KINDS, self))
+
 
 class Meter:
     """Running totals of a run. Reading never costs; writing is a few additions a step.
 
     Attributes:
-        totals: steps, micro_batches, tokens, examples, flops, seconds, plus
+        totals: steps, micro_batches, tokens, examples, seconds, the three kinds of FLOPs, plus
             `parameter_updates`: trainable parameters summed over steps (updates, not bytes).
         charges: Extra work by name, each a dict of the same units (teacher, scoring, tuning).
         facts: Numbers that do not grow, as the count of trainable parameters.
@@ -27,7 +57,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = dict.fromkeys(UNITS, 0)
-        self.totals |= {"micro_batches": 0, "parameter_updates": 0}
+        self.totals |= {"dense_flops": 0, "micro_batches": 0, "parameter_updates": 0}
         self.charges: dict[str, dict[str, float]] = {}
         self.facts: dict[str, float] = {}
         self.clocked = False
@@ -40,12 +70,18 @@ class Meter:
             self.totals[key] = self.totals.get(key, 0) + amount
 
     def charge(self, name: str, **amounts: float) -> None:
-        """Charge extra work under its own name; FLOPs and seconds join the totals as well."""
+        """Charge extra work under its own name; FLOPs and seconds join the totals as well.
+
+        FLOPs of one kind alone count as all three.
+        """
         entry = self.charges.setdefault(name, {})
         for key, amount in amounts.items():
             entry[key] = entry.get(key, 0) + amount
-            if key == "flops" or (key == "seconds" and not self.clocked):
+            if key == "seconds" and not self.clocked:
                 self.totals[key] += amount
+        if "flops" in amounts:
+            for kind in FLOP_KINDS:
+                self.totals[kind] += amounts.get(kind, amounts["flops"])
 
     @contextlib.contextmanager
     def under(self, name: str) -> Iterator[None]:
@@ -134,26 +170,108 @@ def _formula(packet: Any) -> Callable[..., int] | None:
     return flop_registry.get(packet)
 
 
+_ACTIVE: list[FlopCounter] = []
+
+
+def stand_for(executed: int, *, effective: int | None = None, dense: int | None = None) -> None:
+    """Say what work that the counter sees by itself stands for; nothing where nobody counts.
+
+    A layer that forms its weight from sparse and low-rank parts calls this in its forward, and in
+    its backward where it has one of its own.
+
+    Args:
+        executed: FLOPs that the layer is about to execute, or has just executed.
+        effective: What they would be without zeros and without forming dense matrices.
+        dense: What the plain dense layer in its place would need.
+    """
+    for counter in _ACTIVE[-1:]:
+        counter.correct(executed, effective, dense)
+
+
+@dataclass
+class Counted:
+    """FLOPs of one piece of work, by what they were for and by what may be masked later.
+
+    Attributes:
+        executed: By name; "" is work without a name.
+        weights: Executed FLOPs of each named weight's products (forward, input gradient, weight
+            gradient), by the name of the work.
+        effective: What layers said to be added for the effective count.
+        dense: What layers said to be added for the dense-equivalent count.
+    """
+
+    executed: dict[str, int] = field(default_factory=lambda: {"": 0})
+    weights: dict[str, dict[str, int]] = field(default_factory=dict)
+    effective: dict[str, int] = field(default_factory=dict)
+    dense: dict[str, int] = field(default_factory=dict)
+
+    def flops(self, name: str = "", still: Mapping[str, float] | None = None) -> Flops:
+        """FLOPs of one name.
+
+        Args:
+            name: What the work was for.
+            still: Share of each weight's entries that a mask holds at zero.
+        """
+        executed = self.executed.get(name, 0)
+        zeros = 0.0
+        if still:
+            spent = self.weights.get(name, {})
+            zeros = sum(spent[weight] * share for weight, share in still.items() if weight in spent)
+        effective = executed + self.effective.get(name, 0) - round(zeros)
+        return Flops(executed, effective, executed + self.dense.get(name, 0))
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts multiply-adds as 2 FLOPs over everything run inside, backward included.
 
     Args:
         meter: Its innermost `under` names what the work is for.
+        weights: Weights whose products are counted apart, by name: those that a mask may hold.
 
     Attributes:
-        by_name: FLOPs by name; "" is work without a name.
+        counted: FLOPs by name; "" is work without a name.
     """
 
-    def __init__(self, meter: Meter | None = None) -> None:
+    def __init__(
+        self, meter: Meter | None = None, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.meter = meter
-        self.by_name: dict[str, int] = {"": 0}
+        self.counted = Counted()
         self._formulas: dict[Any, Callable[..., int] | None] = {}
+        self._weights = {
+            _place(w): (n, tuple(w.shape), w.requires_grad) for n, w in (weights or {}).items()
+        }
+        # Copies in another precision stay alive, so that no other tensor takes their place.
+        self._copies: list[torch.Tensor] = []
+        self._awaited: dict[tuple[int, ...], list[str]] = {}
 
     @property
     def total(self) -> int:
-        """FLOPs so far."""
-        return sum(self.by_name.values())
+        """Executed FLOPs so far."""
+        return sum(self.counted.executed.values())
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Executed FLOPs by name."""
+        return self.counted.executed
+
+    def __enter__(self) -> FlopCounter:
+        _ACTIVE.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.remove(self)
+        super().__exit__(*error)
+
+    def _name(self) -> str:
+        return self.meter.labels[-1] if self.meter and self.meter.labels else ""
+
+    def correct(self, executed: int, effective: int | None, dense: int | None) -> None:
+        """See `stand_for`."""
+        for sums, amount in ((self.counted.effective, effective), (self.counted.dense, dense)):
+            if amount is not None:
+                sums[self._name()] = sums.get(self._name(), 0) + amount - executed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -162,22 +280,67 @@ class FlopCounter(TorchDispatchMode):
             self._formulas[packet] = _formula(packet)
         formula = self._formulas[packet]
         if formula is not None:
-            name = self.meter.labels[-1] if self.meter and self.meter.labels else ""
             amount = int(formula(*args, **(kwargs or {}), out_val=out))
-            self.by_name[name] = self.by_name.get(name, 0) + amount
+            name = self._name()
+            self.counted.executed[name] = self.counted.executed.get(name, 0) + amount
+            if self._weights:
+                self._assign(name, amount, args, out)
+        elif self._weights and packet is torch.ops.aten._to_copy:
+            held = self._weights.get(_place(args[0]))
+            if held is not None:
+                self._copies.append(out)
+                self._weights[_place(out)] = held
         return out
+
+    def _assign(self, name: str, amount: int, args: Any, out: Any) -> None:
+        """Give a product to the weight that it multiplies, or whose gradient it is.
+
+        The gradient has the weight's shape and comes in the reverse order of the forward products.
+        """
+        found = None
+        for value in args:
+            if isinstance(value, torch.Tensor) and _place(value) in self._weights:
+                found, shape, trains = self._weights[_place(value)]
+                if trains and torch.is_grad_enabled():
+                    self._awaited.setdefault(shape, []).append(found)
+        if found is None and isinstance(out, torch.Tensor) and out.dim() == 2:
+            for shape in (tuple(out.shape), tuple(out.shape)[::-1]):
+                if self._awaited.get(shape):
+                    found = self._awaited[shape].pop()
+                    break
+        if found is not None:
+            spent = self.counted.weights.setdefault(name, {})
+            spent[found] = spent.get(found, 0) + amount
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class FlopTable:
     """FLOPs by shape: measured the first time a shape is met, looked up afterwards."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, dict[str, int]] = {}
+        self.known: dict[Any, Counted] = {}
 
-    def run(self, key: Any, function: Callable[[], Any], meter: Meter) -> tuple[Any, int]:
+    def run(
+        self,
+        key: Any,
+        function: Callable[[], Any],
+        meter: Meter,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        still: Mapping[str, float] | None = None,
+    ) -> tuple[Any, Flops]:
         """Call `function`, counting only if the key is new.
 
         What ran under a name of its own (`Meter.under`) is charged to the meter.
+
+        Args:
+            key: What FLOPs depend on.
+            function: The work.
+            meter: Takes charges.
+            weights: Weights that a mask may hold now or later, by name.
+            still: Share of each weight's entries that a mask holds at zero now.
 
         Returns:
             The function's value and the FLOPs without a name.
@@ -187,12 +350,13 @@ class FlopTable:
             if key in self.known:
                 value = function()
             else:
-                with FlopCounter(meter) as counter:
+                with FlopCounter(meter, weights) as counter:
                     value = function()
-                self.known[key] = counter.by_name
+                self.known[key] = counter.counted
         finally:
             meter.counting = outer
-        for name, amount in self.known[key].items():
+        counted = self.known[key]
+        for name in counted.executed:
             if name:
-                meter.charge(name, flops=amount)
-        return value, self.known[key][""]
+                meter.charge(name, **counted.flops(name, still).named())
+        return value, counted.flops("", still)

@@ -197,6 +197,18 @@ class OnBatch(Method):
         """From an example to an example; randomness only through `draw(example, stream)`."""
         return example
 
+    def present(self, example: Example, context: Context) -> Example:
+        """How an example is shown, in training, evaluation and prediction alike.
+
+        Called before any `transform`; draws nothing. What only training sees belongs to
+        `transform`.
+        """
+        return example
+
+    def raw_length(self, length: int) -> int:
+        """Tokens of a training example before `transform`, so that it fits `length` after it."""
+        return length
+
     def layout(self, context: Context) -> Callable[[list[Example], Draw, Step], Batch] | None:
         """How examples become a batch; None leaves the layout to others."""
         return None

@@ -31,7 +31,7 @@ from ..core.method import (
     seed_of,
 )
 from .backend import OneDevice
-from .data.batch import Drawer, padded
+from .data.batch import Drawer, padded, presented
 from .data.pool import Pool
 from .frozen import PrefixStore, freeze_for, frozen_prefix
 from .gradients import Gradients
@@ -65,15 +65,23 @@ class Assembly:
     loop: Loop
     watchers: list[Watcher]
     tokenizer: Any
-    splits: dict[str, list[Example]]
+    splits: dict[str, Sequence[Example]]
     context: Context
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """Evaluation batches of a split, longest rows first within the split's order kept."""
+        """Evaluation batches of a split, in its order."""
+        yield from self.batches_of(self.splits[split])
+
+    def batches_of(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """Evaluation batches of encoded examples, as the recipe's methods show them."""
         spec, pad = self.recipe.batch, getattr(self.tokenizer, "pad_token_id", None) or 0
-        rows, size = self.splits[split], self.recipe.evaluate.batch
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
+        methods = [m for m in self.recipe.methods if isinstance(m, OnBatch)]
+        size = self.recipe.evaluate.batch
+        for start in range(0, len(examples), size):
+            chunk = [
+                presented(examples[index], methods, self.context)
+                for index in range(start, min(start + size, len(examples)))
+            ]
             yield self.loop.backend.place(padded(chunk, pad, spec.pad_to, spec.length))
 
     def exported(self) -> nn.Module:
@@ -92,8 +100,10 @@ def expected_steps(budget: Budget, batch_size: int, pool: Pool) -> int | None:
     if budget.unit == "examples":
         return math.ceil(budget.amount / batch_size)
     if budget.unit == "tokens":
-        lengths = [len(e["input_ids"]) for e in pool.examples if "input_ids" in e]
-        mean = sum(lengths) / len(lengths) if lengths else 1.0
+        lengths = getattr(pool.examples, "lengths", None)
+        if lengths is None:
+            lengths = [len(e["input_ids"]) for e in pool.examples if "input_ids" in e]
+        mean = sum(lengths) / len(lengths) if len(lengths) else 1.0
         return max(1, math.ceil(budget.amount / (mean * batch_size)))
     return None
 
@@ -136,7 +146,7 @@ def assemble(
     tokenizer: Any,
     objective: Callable[[set[str]], Objective],
     train: Sequence[Example],
-    splits: dict[str, list[Example]],
+    splits: dict[str, Sequence[Example]],
     meter: Meter,
     backend: OneDevice,
     pool: Pool | None = None,

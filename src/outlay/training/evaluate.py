@@ -201,7 +201,25 @@ def _metrics(task: str, table: Columns, labels: Labels, nats: float) -> dict[str
     }
     if sum(table.get("bytes", [])):
         metrics["bits_per_byte"] = total / math.log(2) / sum(table["bytes"])
+        by_domain = _bits_by_domain(table)
+        if len(by_domain) > 1:
+            metrics |= {f"bits_per_byte.{name}": bits for name, bits in by_domain.items()}
     return metrics
+
+
+def _bits_by_domain(table: Columns) -> dict[str, float]:
+    nats: dict[str, list[float]] = {}
+    sizes: dict[str, int] = {}
+    for name, loss, tokens, size in zip(
+        table["domain"], table["loss"], table["tokens"], table["bytes"]
+    ):
+        nats.setdefault(name, []).append(loss * tokens)
+        sizes[name] = sizes.get(name, 0) + size
+    return {
+        name: math.fsum(parts) / math.log(2) / sizes[name]
+        for name, parts in sorted(nats.items())
+        if sizes[name]
+    }
 
 
 def classification_metrics(found: Sequence[Any], aims: Sequence[Any]) -> dict[str, float]:

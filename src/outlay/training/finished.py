@@ -25,7 +25,6 @@ from ..core.method import OnData
 from . import checkpoint
 from .assemble import Assembly
 from .backend import OneDevice
-from .data.batch import padded
 from .data.dataset import Splits, encode, load_rows
 from .data.labels import Labels
 from .data.pool import NoPool
@@ -155,12 +154,7 @@ class Finished:
             # A label that is there is not needed, and may be missing in some rows.
             rows = [{k: v for k, v in row.items() if k != "label"} for row in rows]
         examples = encode(rows, recipe.task, tokenizer, recipe.batch.length, self.labels)
-        pad, size = getattr(tokenizer, "pad_token_id", None) or 0, recipe.evaluate.batch
-        for start in range(0, len(examples), size):
-            batch = padded(
-                examples[start : start + size], pad, recipe.batch.pad_to, recipe.batch.length
-            )
-            yield self.assembly.loop.backend.place(batch)
+        yield from self.assembly.batches_of(examples)
 
 
 def _whole_texts(windows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -205,7 +199,10 @@ def open_run(
     stages = stage_recipes(recipe)
     needed = rows or len(stages) > 1 or any(isinstance(m, OnData) for m in recipe.methods)
     known = None if needed else Splits([], [], [], Labels.read(facts["labels"]), facts["data"])
-    materials = load_materials(recipe, splits=known)
+    text = folder / "tokenizer.json"
+    materials = load_materials(
+        recipe, splits=known, tokenizer_text=text.read_text("utf-8") if text.is_file() else ""
+    )
     for part, now in (("data", materials.fingerprint), ("model", materials.model_fingerprint)):
         if facts.get(part) != now:
             raise CheckpointError(

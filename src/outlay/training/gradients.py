@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.errors import ConfigError, nearest
 from ..core.live import Live
 from ..core.losses import Batch, Losses, Objective, Rows, gathered, per_example, rows_of
-from ..core.meter import FlopTable
+from ..core.meter import Flops, FlopTable
 from ..core.method import OnModel, Seen, Step, seed_of
 from ..core.still import has_statistics
 from .backend import OneDevice, batch_key
@@ -55,7 +55,7 @@ class Gradients:
     last_micro: bool = False
     prefix: FrozenPrefix | None = None
 
-    def accumulate(self, step: Step, batches: list[Batch]) -> tuple[Seen, int]:
+    def accumulate(self, step: Step, batches: list[Batch]) -> tuple[Seen, Flops]:
         """Accumulate the gradients of the step's one loss.
 
         Returns:
@@ -67,12 +67,12 @@ class Gradients:
         with torch.random.fork_rng(self.backend.rng_devices()):
             return self._accumulate(step, batches)
 
-    def _accumulate(self, step: Step, batches: list[Batch]) -> tuple[Seen, int]:
+    def _accumulate(self, step: Step, batches: list[Batch]) -> tuple[Seen, Flops]:
         live = self.live
         coupled, sums = bool(list(live.objective.couplers())), self.weight_sums(batches)
         self._fill_prefix(batches)
         leaves: list[Rows] | None = None
-        total, flops, seen = 0.0, 0, []
+        total, flops, seen = 0.0, Flops(0, 0, 0), []
         found = dict.fromkeys(sums, 0.0)
         if coupled and len(batches) * self.backend.world > 1:
             leaves, rows = self._couple_first(step, batches)
@@ -119,9 +119,10 @@ class Gradients:
             _check_sums(sums, found)
         return _joined(seen, total), flops
 
-    def _counted(self, key: Any, work: Callable[[], Any]) -> tuple[Any, int]:
-        whole = (self.scope, self.structure, key)
-        return self.flops.run(whole, work, self.live.context.meter)
+    def _counted(self, key: Any, work: Callable[[], Any]) -> tuple[Any, Flops]:
+        live, whole = self.live, (self.scope, self.structure, key)
+        weights = {n: p for n, p in live.named_parameters() if p.dim() == 2}
+        return self.flops.run(whole, work, live.context.meter, weights, live.zeros())
 
     def _fill_prefix(self, batches: list[Batch]) -> None:
         if self.prefix is not None:
@@ -173,7 +174,7 @@ class Gradients:
 
     def _couple_first(self, step: Step, batches: list[Batch]) -> tuple[list[Rows], Rows]:
         """A pass without gradient: each micro-batch's rows as leaves, and what coupling gives."""
-        parts, flops = [], 0
+        parts, flops = [], Flops(0, 0, 0)
         with torch.no_grad(), self.phase("pass"):
             for index, batch in enumerate(batches):
                 at = replace(step, micro=index)
@@ -184,7 +185,7 @@ class Gradients:
                 rows, counted = self._counted(("pass", batch_key(batch)), work)
                 parts.append(rows)
                 flops += counted
-        self.live.context.meter.charge("coupling", flops=flops)
+        self.live.context.meter.charge("coupling", **flops.named())
         leaves = [_leaf(part) for part in parts]
         whole = self.backend.all_gather(gathered(leaves))
         return leaves, _coupled(self.live.objective, whole, step)
@@ -245,7 +246,7 @@ class Gradients:
                 leaves, rows = self._couple_first(step, batches)
                 pulls |= {t: _term_pull(rows.reduced(t), leaves) for t in wanted}
             _, flops = self._counted(("terms", *wanted, *map(batch_key, batches)), work)
-        live.context.meter.charge("term_gradients", flops=flops, passes=len(batches))
+        live.context.meter.charge("term_gradients", **flops.named(), passes=len(batches))
         if self.backend.world > 1:
             for by_name in found.values():
                 for name in sorted(by_name):

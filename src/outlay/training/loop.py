@@ -137,7 +137,7 @@ class Loop:
             micro_batches=len(batches),
             examples=sum(map(example_count, batches)),
             tokens=sum(map(token_count, batches)),
-            flops=flops,
+            **flops.named(),
             parameter_updates=trained,
             seconds=time.perf_counter() - started,
         )

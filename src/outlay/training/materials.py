@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import nn
 
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
+from .data.blocks import blocks
 from .data.dataset import Row, Splits, encode, load
 from .data.labels import Labels
 from .frozen import PrefixStore
 from .models.export import fingerprint
 from .models.load import load_model
+from .models.tokens import tokenizer_of, train_tokenizer
 from .objectives import objective_for
 from .recipe import Recipe
 from .specs import ModelSpec
@@ -37,10 +40,12 @@ class Materials:
         model_fingerprint: Content hash of the plain model; empty if only planned.
         counts: Rows read, kept and dropped.
         prefixes: What frozen lower layers gave, shared by the runs.
+        trained_tokenizer: The tokenizer that was trained for this run, as text, before methods
+            added tokens; empty if the model brought one.
     """
 
-    train: list[Example]
-    splits: dict[str, list[Example]]
+    train: Sequence[Example]
+    splits: dict[str, Sequence[Example]]
     rows: dict[str, list[Row]]
     labels: Labels
     tokenizer: Any
@@ -49,6 +54,7 @@ class Materials:
     model_fingerprint: str
     counts: dict[str, Any] = field(default_factory=dict)
     prefixes: dict[str, PrefixStore] = field(default_factory=dict)
+    trained_tokenizer: str = ""
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
@@ -82,22 +88,49 @@ class Materials:
         return objective_for(recipe.task, recipe.objective, self.labels, requests)
 
 
+def raw_length(recipe: Recipe) -> int:
+    """Tokens of a training example before methods rewrite it to fit `batch.length`."""
+    length = recipe.batch.length
+    for method in reversed(recipe.methods):
+        if isinstance(method, OnBatch):
+            length = method.raw_length(length)
+    return length
+
+
+def _wanted_tokens(recipe: Recipe, tokenizer: Any) -> dict[str, None]:
+    """Tokens that any method of the run asks for, in every stage."""
+    stages = (stage.methods or () for stage in recipe.stages)
+    methods = [*recipe.methods, *(method for some in stages for method in some)]
+    found = (m.tokens(tokenizer) for m in methods if isinstance(m, OnBatch))
+    return dict.fromkeys(token for tokens in found for token in tokens)
+
+
 def load_materials(
-    recipe: Recipe, tokenizer: Any = None, hollow: bool = False, splits: Splits | None = None
+    recipe: Recipe,
+    run: Materials | None = None,
+    hollow: bool = False,
+    splits: Splits | None = None,
+    tokenizer_text: str = "",
 ) -> Materials:
     """Load and encode everything that a recipe names.
 
     Args:
         recipe: The recipe (or one stage's).
-        tokenizer: The run's tokenizer if an earlier stage fixed it.
+        run: Materials of the whole run, for a stage: its tokenizer and tokens are the run's.
         hollow: Leave the model's weights unread.
         splits: Rows and labels in place of those that the recipe names.
+        tokenizer_text: The tokenizer that was trained for a finished run.
 
     Raises:
         DataError: Rows, columns or labels are wrong.
         ConfigError: The model folder is unusable.
     """
     splits = splits or load(recipe.data, recipe.task)
+    trained = "" if run is None else run.trained_tokenizer
+    tokenizer: Any = run.tokenizer if run is not None else None
+    if run is None and isinstance(recipe.model, ModelSpec) and recipe.model.trains_tokenizer:
+        trained = tokenizer_text or train_tokenizer(splits.train, recipe.model.vocabulary)
+        tokenizer = tokenizer_of(trained)
     digest = ""
     if isinstance(recipe.model, ModelSpec):
         model, own = load_model(
@@ -113,21 +146,25 @@ def load_materials(
         digest = "" if hollow else fingerprint(model)
     elif isinstance(recipe.model, nn.Module):
         digest = fingerprint(recipe.model)
-    wanted = dict.fromkeys(
-        token for m in recipe.methods if isinstance(m, OnBatch) for token in m.tokens(tokenizer)
-    )
-    added: tuple[str, ...] = ()
-    if wanted:
-        known = tokenizer.get_vocab()
-        added = tuple(token for token in wanted if token not in known)
-        tokenizer.add_tokens(list(added), special_tokens=True)
+    added: tuple[str, ...] = () if run is None else run.added
+    wanted = _wanted_tokens(recipe, tokenizer)
+    missing = [token for token in wanted if token not in tokenizer.get_vocab()] if wanted else []
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+        added = (*added, *missing)
 
-    def encoded(rows: list[Row]) -> list[Example]:
-        return encode(rows, recipe.task, tokenizer, recipe.batch.length, splits.labels)
+    def encoded(rows: list[Row], length: int) -> Sequence[Example]:
+        if getattr(recipe.data, "blocks", False):
+            return blocks(rows, tokenizer, length, recipe.task)
+        return encode(rows, recipe.task, tokenizer, length, splits.labels)
 
+    length = recipe.batch.length
     return Materials(
-        train=encoded(splits.train),
-        splits={"validation": encoded(splits.validation), "test": encoded(splits.test)},
+        train=encoded(splits.train, raw_length(recipe)),
+        splits={
+            "validation": encoded(splits.validation, length),
+            "test": encoded(splits.test, length),
+        },
         rows={"train": splits.train, "validation": splits.validation, "test": splits.test},
         labels=splits.labels,
         tokenizer=tokenizer,
@@ -135,4 +172,5 @@ def load_materials(
         fingerprint=splits.fingerprint,
         model_fingerprint=digest,
         counts=splits.counts,
+        trained_tokenizer=trained,
     )

@@ -33,7 +33,7 @@ from .assemble import Assembly, assemble
 from .backend import OneDevice
 from .keeper import Keeper, Progress, Silent
 from .log import Log, Tracker
-from .materials import Materials, load_materials
+from .materials import Materials, load_materials, raw_length
 from .recipe import Recipe
 from .specs import Spec, StageSpec
 
@@ -220,6 +220,8 @@ def _write_recipe(folder: Path, recipe: Recipe, materials: Materials) -> None:
         "labels": asdict(materials.labels),
     }
     checkpoint.write_json(folder / "run.json", facts)
+    if materials.trained_tokenizer:
+        (folder / "tokenizer.json").write_text(materials.trained_tokenizer, encoding="utf-8")
 
 
 def _write_plan(
@@ -282,6 +284,7 @@ class Runner:
         self.total = Meter()
         self.stop_requested = False
         self.carried: list[dict[str, Any]] = []
+        self._others: dict[str, Materials] = {}
 
     def all_stages(self) -> Result:
         """Run what is left; status "stopped" if interrupted."""
@@ -341,8 +344,14 @@ class Runner:
 
     def materials_of(self, recipe: Recipe) -> Materials:
         """Data and model of a stage; those of the run where they agree."""
-        same = all(getattr(recipe, k) == getattr(self.recipe, k) for k in ("data", "task", "model"))
-        return self.materials if same else load_materials(recipe, self.materials.tokenizer)
+        parts = ("data", "task", "model", "batch")
+        same = all(getattr(recipe, k) == getattr(self.recipe, k) for k in parts)
+        if same and raw_length(recipe) == raw_length(self.recipe):
+            return self.materials
+        key = json.dumps(recipe.resolved(), sort_keys=True)
+        if key not in self._others:
+            self._others[key] = load_materials(recipe, self.materials)
+        return self._others[key]
 
     def _load(self, recipe: Recipe, reference: str) -> nn.Module:
         """Resolve `original`, `stage:x`, a path or an asset for `context.load`."""

@@ -48,7 +48,8 @@ class ModelSpec(Spec):
         width: Hidden width of a model from scratch.
         heads: Attention heads of a model from scratch; width / 32 by default.
         vocabulary: Token ids of a model from scratch; the tokenizer's size by default.
-        tokenizer: Path or asset of the tokenizer, if not the model's own.
+        tokenizer: Path or asset of the tokenizer, if not the model's own; "bpe" trains a byte-level
+            one of `vocabulary` tokens on the training rows.
         dropout: Dropout of the whole model, if not its config's own.
         gradient_checkpointing: Recompute activations in the backward pass.
         cache_frozen: Compute what frozen lower layers give once per example and reuse it.
@@ -68,6 +69,11 @@ class ModelSpec(Spec):
     cache_frozen: bool = False
     revision: str = ""
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """True if the tokenizer is made from the training rows."""
+        return self.tokenizer == "bpe"
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
         given = [k for k in ("path", "asset", "config") if getattr(self, k) is not None]
@@ -75,6 +81,10 @@ class ModelSpec(Spec):
             raise ValueError(f"give exactly one of path, asset and config, not {given or 'none'}")
         if self.config is None and (self.layers or self.width or self.heads or self.vocabulary):
             raise ValueError("layers, width, heads and vocabulary go with config alone")
+        if self.trains_tokenizer and self.config is None:
+            raise ValueError(
+                "tokenizer = 'bpe' goes with config alone: a trained model has its own"
+            )
         return self
 
 
@@ -100,6 +110,8 @@ class DataSpec(Spec):
         split_seed: Seed of the split, apart from the run's seed.
         limit: Largest number of training rows.
         deduplicate: Remove rows with equal text before splitting.
+        blocks: Join the documents of a split and domain, each ended by the end-of-text token, and
+            cut them into full rows of `batch.length` tokens. For causal language modeling on text.
         class_weights: "balanced", or a weight for each class name.
     """
 
@@ -121,6 +133,7 @@ class DataSpec(Spec):
     split_seed: int = 0
     limit: Annotated[int, Field(ge=1)] | None = None
     deduplicate: bool = False
+    blocks: bool = False
     class_weights: Literal["balanced"] | dict[str, float] | None = None
 
     @model_validator(mode="after")

@@ -69,6 +69,13 @@ def padded(
     return batch
 
 
+def presented(example: Example, methods: Sequence[OnBatch], context: Context) -> Example:
+    """An example as the methods show it everywhere, corruption apart."""
+    for method in methods:
+        example = method.present(example, context)
+    return example
+
+
 def by_token(key: str, values: Sequence[Any], examples: Sequence[Example]) -> bool:
     """True for lists of integers, and for float lists with one value a token."""
     if not values[0] or isinstance(values[0][0], int):
@@ -162,7 +169,7 @@ class Drawer:
             )
         self.layout: Layout = layouts[0] if layouts else _layout_of(spec, pad)
         # A share of FLOPs or seconds is not known before the step before has run.
-        on_clock = context.budget.unit in ("flops", "seconds")
+        on_clock = context.budget.unit in ("flops", "effective_flops", "seconds")
         self.depth = 0 if pool.needs_model or on_clock else spec.prefetch
         self._ahead: deque[tuple[int, Future[Drawn]]] = deque()
         self._worker = ThreadPoolExecutor(1) if self.depth else None
@@ -240,7 +247,7 @@ class Drawer:
         )
 
     def _transform(self, example: Example, step: Step) -> Example:
-        original = example
+        original = example = presented(example, self.methods, self.context)
         for method in self.methods:
             example = method.transform(example, self._stream, step, self.context)
         if self.clean and "clean" not in example:

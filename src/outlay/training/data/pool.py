@@ -15,6 +15,30 @@ from ...core.method import Example, generator_of
 ALL = ""
 
 
+class Chosen(Sequence[Example]):
+    """Some of a lazy sequence's examples, still made when they are asked for.
+
+    Attributes:
+        ids: Id of each example.
+        domains: Domain of each example.
+        lengths: Tokens of each example.
+    """
+
+    def __init__(self, examples: Any, indices: Sequence[int]) -> None:
+        self.examples, self.indices = examples, indices
+        self.ids = tuple(examples.ids[i] for i in indices)
+        self.domains = tuple(examples.domains[i] for i in indices)
+        self.lengths = tuple(examples.lengths[i] for i in indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.examples[i] for i in self.indices[index]]
+        return self.examples[self.indices[index]]
+
+
 class Pool:
     """Ids, domains and weights of the training examples, and the order they come in.
 
@@ -55,9 +79,12 @@ class Pool:
         self._members: dict[str, list[int]] | None = None
         self._orders: dict[str, tuple[int, list[int]]] = {}
         self._earlier: dict[Any, int] | None = None
-        if any("id" not in example for example in examples):
-            raise DataError("a training example has no id", "give each example its own id")
-        ids = [example["id"] for example in examples]
+        # A lazy sequence knows its ids and domains without making the examples.
+        ids = getattr(examples, "ids", None)
+        if ids is None:
+            if any("id" not in example for example in examples):
+                raise DataError("a training example has no id", "give each example its own id")
+            ids = [example["id"] for example in examples]
         if len(set(ids)) != len(ids):
             seen: set[Any] = set()
             twice = next(i for i in ids if i in seen or seen.add(i))
@@ -71,11 +98,15 @@ class Pool:
     @property
     def ids(self) -> tuple[Any, ...]:
         """Ids in stored order."""
-        return tuple(example["id"] for example in self.examples)
+        known = getattr(self.examples, "ids", None)
+        return tuple(example["id"] for example in self.examples) if known is None else known
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Domain of each example in stored order."""
+        known = getattr(self.examples, "domains", None)
+        if known is not None:
+            return known
         return tuple(str(example.get("domain", ALL)) for example in self.examples)
 
     def members(self) -> dict[str, list[int]]:
@@ -109,9 +140,10 @@ class Pool:
     def keep(self, chosen: Iterable[int] | Callable[[Example], bool]) -> Pool:
         """A pool of the chosen examples (indices, or a test on the example), order kept."""
         if callable(chosen):
-            examples = [example for example in self.examples if chosen(example)]
-        else:
-            examples = [self.examples[index] for index in sorted(set(chosen))]
+            chosen = [i for i, example in enumerate(self.examples) if chosen(example)]
+        indices = sorted(set(chosen))
+        lazy = hasattr(self.examples, "ids")
+        examples = Chosen(self.examples, indices) if lazy else [self.examples[i] for i in indices]
         kept = self._like(examples)
         if self.domain_weights is not None:
             left = kept.members()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ...core.method import generator_of
 
 _FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
           "sentencepiece.bpe.model")  # fmt: skip
+_SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 # Noise of a new row, in standard deviations of the rows that are there.
 NEW_ROW_NOISE = 0.1
 
@@ -67,6 +70,71 @@ def with_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def train_tokenizer(
+    rows: Sequence[Mapping[str, Any]], size: int | None, folder: Path | None = None
+) -> str:
+    """Train byte-level byte-pair encoding on the texts of rows; kept in the cache folder.
+
+    Args:
+        rows: Training rows with `text` (or `prompt` and `completion`).
+        size: Tokens in all, 256 bytes and 4 special ones included; 4,096 by default.
+        folder: Where trained tokenizers are kept; the cache folder by default.
+
+    Returns:
+        The tokenizer as `tokenizer_of` reads it.
+
+    Raises:
+        ConfigError: If `size` leaves no room for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    size = 4096 if size is None else size
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    if size < len(letters) + len(_SPECIALS):
+        raise ConfigError(
+            f"model.vocabulary = {size} leaves no room for 256 bytes and {len(_SPECIALS)} special "
+            "tokens",
+            "raise it, or leave model.tokenizer out: then bytes are the tokens",
+        )
+    texts = [row[key] for row in rows for key in ("text", "prompt", "completion") if key in row]
+    digest = hashlib.blake2b(f"1\x1f{size}".encode(), digest_size=16)
+    for text in texts:
+        digest.update(b"\x1f" + text.encode())
+    if folder is None:
+        from ...assets.sources import cache_folder
+
+        folder = cache_folder() / "tokenizers"
+    place = folder / f"{digest.hexdigest()}.json"
+    if place.is_file():
+        return place.read_text(encoding="utf-8")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(_SPECIALS),
+        initial_alphabet=sorted(letters),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    text = backend.to_str()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        spare = place.with_name(f".{place.name}.{os.getpid()}")
+        spare.write_text(text, encoding="utf-8")
+        spare.replace(place)
+    except OSError:
+        pass  # what cannot be kept is trained again next time
+    return text
+
+
+def tokenizer_of(text: str) -> Any:
+    """A tokenizer from what `train_tokenizer` gave."""
+    from tokenizers import Tokenizer
+
+    return _wrapped(Tokenizer.from_str(text))
+
+
 def byte_tokenizer(ends: bool = False) -> Any:
     """A tokenizer of 256 bytes and 4 special tokens: reads any text, learns from none.
 
@@ -74,11 +142,9 @@ def byte_tokenizer(ends: bool = False) -> Any:
         ends: Put the end-of-text token behind every text by itself, as T5's tokenizers do.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
-    specials = ["<pad>", "<s>", "</s>", "<unk>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: index for index, piece in enumerate([*specials, *letters])}
+    vocabulary = {piece: index for index, piece in enumerate([*_SPECIALS, *letters])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -88,12 +154,19 @@ def byte_tokenizer(ends: bool = False) -> Any:
             pair="$A </s> $B </s>",
             special_tokens=[("</s>", vocabulary["</s>"])],
         )
+    return _wrapped(backend)
+
+
+def _wrapped(backend: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos, unk = _SPECIALS
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

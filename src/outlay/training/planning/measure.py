@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.losses import Batch
-from ...core.meter import Meter
+from ...core.meter import Counted, Meter
 from ...core.method import Step
 from ..assemble import Assembly, assemble
 from ..backend import OneDevice
@@ -113,14 +113,14 @@ def measure_steps(
     return Measured(peak, total, sorted(times.values()))
 
 
-class _AnyShape(dict[Any, dict[str, int]]):
+class _AnyShape(dict[Any, Counted]):
     """A FLOP table that knows every shape: measuring counts nothing."""
 
     def __contains__(self, key: object) -> bool:
         return True
 
-    def __missing__(self, key: Any) -> dict[str, int]:
-        return {"": 0}
+    def __missing__(self, key: Any) -> Counted:
+        return Counted()
 
 
 def _one_step(assembly: Assembly, step: Step, batches: list[Batch]) -> None:
