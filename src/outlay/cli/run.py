@@ -108,16 +108,24 @@ def run(
         raise
     finally:
         progress.close()
-    report = write_run_report(result, chosen, quiet) if result.status == "done" else None
+    done = result.status == "done"
+    report = write_run_report(result, chosen, quiet) if done else None
+    beside = _beside(chosen, materials, result, progress) if done else {}
     if as_json:
-        extra = {"report": str(report)} if report else {}
+        extra: dict[str, Any] = {"report": str(report)} if report else {}
+        extra |= {"references": beside} if beside else {}
         screen.put_json(asdict(result) | extra, indent=None)
     elif not quiet:
+        if any(_DOMAIN in name for name in result.metrics) or beside:
+            screen.console().print(_by_domain(result.metrics, beside))
         screen.console().print(_shown(result, report))
     if result.status == "stopped":
         again = shlex.join(["outlay", "run", "--resume", result.folder])
         screen.note(f"stopped after a whole step and saved; to go on: {again}")
         raise typer.Exit(INTERRUPTED)
+
+
+_DOMAIN = "bits_per_byte."  # what a metric of one domain is called
 
 
 def _failed(folder: Path, progress: Hidden, error: Exception) -> dict[str, Any]:
@@ -145,6 +153,35 @@ def write_run_report(result: Result, recipe: Any, quiet: bool) -> Path | None:
         return None
 
 
+def _beside(
+    recipe: Any, materials: Any, result: Result, progress: Any
+) -> dict[str, dict[str, float]]:
+    """What the recipe's reference models reach on the same rows."""
+    if not recipe.evaluate.references:
+        return {}
+    from ..comparison.language_arm import references
+
+    with progress.waiting("fitting reference models"):
+        return references(recipe, materials, Path(result.folder))
+
+
+def _by_domain(metrics: dict[str, float], beside: dict[str, dict[str, float]]) -> Any:
+    """Bits per byte of the last split by domain, the run's and those of reference models."""
+    names = [name for name in metrics if "/bits_per_byte" in name]
+    split = names[-1].partition("/")[0]
+    columns = {"this run": metrics, **beside}
+    rows = [
+        [
+            name.partition("/")[2].partition(_DOMAIN)[2] or "all",
+            *(screen.amount(found.get(name)) for found in columns.values()),
+        ]
+        for name in names
+        if name.startswith(f"{split}/")
+    ]
+    title = f"Bits per byte, {split} split"
+    return screen.table(title, ["domain", *columns], rows, right=list(columns))
+
+
 def _shown(result: Result, report: Path | None) -> Any:
     meter = result.meter
     counts = [
@@ -153,7 +190,11 @@ def _shown(result: Result, report: Path | None) -> Any:
                     "flops")
         if meter.get(key)
     ]  # fmt: skip
-    metrics = [(name, screen.amount(value)) for name, value in result.metrics.items()]
+    metrics = [
+        (name, screen.amount(value))
+        for name, value in result.metrics.items()
+        if _DOMAIN not in name
+    ]
     return screen.facts(
         [
             *metrics, *counts,

@@ -27,8 +27,12 @@ def fit_arm(estimator: Any, materials: Materials, recipe: Recipe, folder: Path) 
     """Fit on the training rows and measure every split that the recipe names.
 
     Raises:
-        Conflict: If the task is not text classification.
+        Conflict: If the estimator is not made for the task.
     """
+    if estimator.takes in ("tokens", "stream"):
+        from .language_arm import fit_language_arm
+
+        return fit_language_arm(estimator, materials, recipe, folder)
     name = estimator.card.name
     if recipe.task != "sequence-classification":
         raise Conflict(

@@ -15,6 +15,7 @@ _HOMES = {
     "digits-cnn": "digits_cnn",
     "digits-vit": "digits_vit",
     "glass-lm": "glass_lm",
+    "pretrain-lm": "pretrain_lm",
     "minilm-questions": "minilm_questions",
     "minilm-questions-full": "minilm_questions_full",
     "minilm-reviews": "minilm_reviews",

@@ -192,13 +192,22 @@ def _metrics(task: str, table: Columns, labels: Labels, nats: float) -> dict[str
         return _label_metrics(table)
     if task == "regression":
         return _target_metrics(table)
+    return language_metrics(table)
+
+
+def language_metrics(table: Columns) -> dict[str, float]:
+    """Perplexity, accuracy and bits per byte, overall and by domain.
+
+    Args:
+        table: Columns `loss` (nats per token), `tokens`, `domain`, and where they are known
+            `correct` and `bytes`.
+    """
     tokens = sum(table["tokens"])
     # The loss may weigh sequences alike; what is said of tokens is always per token.
     total = math.fsum(l * t for l, t in zip(table["loss"], table["tokens"]))  # noqa: E741
-    metrics = {
-        "perplexity": math.exp(min(700.0, total / max(1, tokens))),
-        "next_token_accuracy": sum(table["correct"]) / max(1, tokens),
-    }
+    metrics = {"perplexity": math.exp(min(700.0, total / max(1, tokens)))}
+    if "correct" in table:
+        metrics["next_token_accuracy"] = sum(table["correct"]) / max(1, tokens)
     if sum(table.get("bytes", [])):
         metrics["bits_per_byte"] = total / math.log(2) / sum(table["bytes"])
         by_domain = _bits_by_domain(table)

@@ -240,6 +240,8 @@ class EvaluateSpec(Spec):
         metric: Metric that decides; the task's own by default.
         batch: Rows of one evaluation pass.
         keep_best: Export the weights of the best validation instead of the last.
+        references: Estimators that are fitted on the same rows and measured beside the run, as
+            `ngram(order=5)` and `xz` in language modeling.
         patience: Stop after so many evaluations without a better one; needs every.evaluate.
     """
 
@@ -247,6 +249,7 @@ class EvaluateSpec(Spec):
     metric: str | None = None
     batch: Annotated[int, Field(ge=1)] = 64
     keep_best: bool = False
+    references: tuple[str, ...] = ()
     patience: Annotated[int, Field(ge=1)] | None = None
 
 
