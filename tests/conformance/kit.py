@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from conformance import settings
 from torch import Tensor, nn
 
 from outlay.core.meter import FlopTable, Meter
@@ -59,9 +60,12 @@ def folder() -> Path:
     return place
 
 
-def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
-    """A small recipe; `model` entries are merged, everything else is the recipe's own field."""
-    facts = SHAPES[shape]
+def recipe(shape: str = "", methods: Any = (), **more: Any) -> Recipe:
+    """A small recipe; `model` entries are merged, everything else is the recipe's own field.
+
+    Without a shape it is the one that the methods are at home on.
+    """
+    facts = SHAPES[shape or settings.home(methods)]
     labeled = facts["task"] == "sequence-classification"
     data = {"path": str(folder() / "rows.jsonl"), "text": "text", "label": "label"}
     if not labeled:

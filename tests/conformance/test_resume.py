@@ -42,7 +42,7 @@ def recipe(methods: Any, **more: Any) -> Recipe:
     """Seven steps with dropout, a checkpoint every two and an evaluation every three."""
     fields = {"budget": f"{STEPS}steps", "every": {"save": 2, "evaluate": 3}} | more
     fields["model"] = {"dropout": 0.1} | (more.get("model") or {})
-    return kit.recipe("bert", methods, **fields)
+    return kit.recipe(methods=methods, **fields)
 
 
 def told(result: Result) -> dict[str, Any]:
