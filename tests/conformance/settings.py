@@ -50,8 +50,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "ul2": (
         "ul2(sentinels=20)",
         "ul2(preset='s20', split='uniform', roll=True, sentinels=20)",
-        "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), rates=(1.0, 2.0), mode_tokens=False, "
-        "sentinels=20)",
+        "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), mode_tokens=False, sentinels=20)",
     ),
     "mode_token": ("mode_token", "mode_token(mode='[S2S]')"),
     "probe": ("probe",),

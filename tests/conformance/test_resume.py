@@ -20,6 +20,8 @@ from outlay.training.runs import Result
 STEPS = 7
 SPECS = settings.specs()
 REPRESENTATIVES = settings.representatives()
+# A tokenizer from scratch has no mode token.
+pytestmark = pytest.mark.filterwarnings("ignore:mode_token")
 
 
 class Killed(BaseException):
