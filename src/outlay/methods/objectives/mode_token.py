@@ -29,7 +29,7 @@ class ModeToken(OnBatch):
 
     card: ClassVar[Card] = Card(
         name="mode_token",
-        title="UL2: Unifying Language Learning Paradigms (mode switching)",
+        title="UL2: Unifying Language Learning Paradigms",
         paper=27,
         arxiv="2205.05131",
         group="objectives",
