@@ -1,12 +1,12 @@
 r"""Text into inputs and targets: masks of whole spans, sentinels, and the way back.
 
-Span corruption as in T5 (arXiv 1910.10683, appendix C of UL2's preprocessor): of L tokens,
+Span corruption is T5's (arXiv 1910.10683), as UL2's preprocessor calls it: of L tokens,
 $m = \mathrm{clamp}(\mathrm{round}(L r), 1, L - 1)$ are noise in
 $s = \max(1, \mathrm{round}(m / \mu))$ spans; noise and kept tokens are each split into s parts,
 uniformly among all compositions, and interleaved, a kept span first. How many tokens and spans are
 noise is the same in every draw; where they lie is not.
 
-Tay et al., arXiv 2205.05131 (table 1 and section 3.1), mix seven such settings in three modes:
+Tay et al., arXiv 2205.05131 (preprocessor in appendix 9.2), mix seven such settings in three modes:
 regular (R), sequential (S) and extreme (X).
 """
 
@@ -169,7 +169,7 @@ class SpanCorruption:
 
     mean_span: float
     rate: float
-    mode: Literal["R", "S", "X"] = "R"
+    mode: Literal["R", "X"] = "R"
     roll: bool = False
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ class PrefixDenoising:
 
     rate: float = 0.25
     distribution: Literal["mean", "uniform"] = "mean"
-    mode: Literal["R", "S", "X"] = "S"
+    mode: Literal["S"] = "S"
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 0.5:
@@ -248,7 +248,7 @@ class CausalDenoising:
         mode: "S" (sequential).
     """
 
-    mode: Literal["R", "S", "X"] = "S"
+    mode: Literal["S"] = "S"
 
     def mask(self, length: int, generator: torch.Generator) -> list[bool]:
         """Every token is noise."""

@@ -1,7 +1,7 @@
 """Ask a model that was pre-trained in several modes for one of them.
 
-Tay et al., arXiv:2205.05131, section 3.2 (mode switching): the token of the mode that fits a task
-stands in front of every input when a model is fine-tuned on it, measured and used.
+Mode switching of Tay et al., arXiv:2205.05131: the token of the mode that fits a task stands in
+front of every input when a model is fine-tuned on it, measured and used.
 """
 
 from __future__ import annotations

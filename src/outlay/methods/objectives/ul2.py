@@ -76,8 +76,8 @@ class UL2(OnBatch, OnModel, OnStep):
         format: "encoder_decoder", "prefix_lm" (inputs and targets in one row, attention both ways
             over the inputs), "causal" (the same with causal attention) or "auto": the first in
             sequence to sequence, the second in causal language modeling.
-        split: How "S" draws the suffix: "mean" varies evenly up to twice the rate (table 1: 25 % on
-            average), "uniform" has every length equally often (the appendix's code: 50 %).
+        split: How "S" draws the suffix: "mean" varies evenly up to twice the rate (the paper's table:
+            25 % on average), "uniform" has every length equally often (the appendix's code: 50 %).
         roll: Let spans lie anywhere. Without it the last span ends the text, as published, and a
             single one is always a suffix.
         sentinels: Tokens that stand for spans; 100 as in T5's vocabulary.
@@ -111,7 +111,9 @@ class UL2(OnBatch, OnModel, OnStep):
         try:
             _ = self.mixture
         except ConfigError as error:
-            raise ConfigError(f"{self.card.name}.{error.problem}", error.remedy) from None
+            named = error.problem.startswith(("rates", "denoisers"))
+            field = "ul2." if named else "ul2.denoisers: "
+            raise ConfigError(f"{field}{error.problem}", error.remedy) from None
 
     @property
     def mixture(self) -> Mixture:
