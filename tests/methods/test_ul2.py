@@ -217,7 +217,7 @@ def test_bad_rows_are_refused_by_name():
         ({"rates": (0.0,) * 7}, "ul2.rates"),
         ({"denoisers": ()}, "ul2.denoisers"),
         ({"denoisers": (("R", 0.5, 0.15),)}, "ul2.denoisers"),
-        ({"denoisers": (("R", 3, 1.5),)}, "ul2.denoisers: SpanCorruption(mean_span=3, rate=1.5"),
+        ({"denoisers": (("R", 3, 1.5),)}, "ul2.denoisers: SpanCorruption(mean_span=3.0, rate=1.5"),
         ({"denoisers": (("S", 0.7),)}, "ul2.denoisers: PrefixDenoising(rate=0.7"),
         ({"sentinels": 0}, "ul2.sentinels"),
     ],

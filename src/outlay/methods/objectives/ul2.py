@@ -76,8 +76,9 @@ class UL2(OnBatch, OnModel, OnStep):
         format: "encoder_decoder", "prefix_lm" (inputs and targets in one row, attention both ways
             over the inputs), "causal" (the same with causal attention) or "auto": the first in
             sequence to sequence, the second in causal language modeling.
-        split: How "S" draws the suffix: "mean" varies evenly up to twice the rate (the paper's table:
-            25 % on average), "uniform" has every length equally often (the appendix's code: 50 %).
+        split: How "S" draws the suffix: "mean" varies evenly up to twice the rate (25 % on average,
+            as in the paper's table), "uniform" has every length equally often (50 %, as in the
+            appendix's code).
         roll: Let spans lie anywhere. Without it the last span ends the text, as published, and a
             single one is always a suffix.
         sentinels: Tokens that stand for spans; 100 as in T5's vocabulary.
