@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from conformance import settings
 from torch import Tensor, nn
 
-from outlay.core.meter import FlopTable, Meter
+from outlay.core.meter import Flops, FlopTable, Meter
 from outlay.core.method import OnBatch, Step, Watcher
 from outlay.training.assemble import Assembly
 from outlay.training.backend import OneDevice
@@ -59,9 +60,12 @@ def folder() -> Path:
     return place
 
 
-def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
-    """A small recipe; `model` entries are merged, everything else is the recipe's own field."""
-    facts = SHAPES[shape]
+def recipe(shape: str = "", methods: Any = (), **more: Any) -> Recipe:
+    """A small recipe; `model` entries are merged, everything else is the recipe's own field.
+
+    Without a shape it is the one that the methods are at home on.
+    """
+    facts = SHAPES[shape or settings.home(methods)]
     labeled = facts["task"] == "sequence-classification"
     data = {"path": str(folder() / "rows.jsonl"), "text": "text", "label": "label"}
     if not labeled:
@@ -84,8 +88,10 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
 class Uncounted(FlopTable):
     """Counts nothing: the first meeting with a shape costs ten passes otherwise."""
 
-    def run(self, key: Any, function: Callable[[], Any], meter: Meter) -> tuple[Any, int]:
-        return function(), 0
+    def run(
+        self, key: Any, function: Callable[[], Any], meter: Meter, *_: Any
+    ) -> tuple[Any, Flops]:
+        return function(), Flops(0, 0, 0)
 
 
 _MATERIALS: dict[str, Materials] = {}

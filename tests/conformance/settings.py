@@ -6,6 +6,9 @@ A method of the registry without a row here fails a test; a row brings every che
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from outlay.core import registry
 
 ROWS: dict[str, tuple[str, ...]] = {
     "adalora": (
@@ -44,6 +47,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
         "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
+    "ul2": (
+        "ul2(sentinels=20)",
+        "ul2(preset='s20', split='uniform', roll=True, sentinels=20)",
+        "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), mode_tokens=False, sentinels=20)",
+    ),
+    "mode_token": ("mode_token", "mode_token(mode='[S2S]')"),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
@@ -53,6 +62,9 @@ MOVES_AT_START: frozenset[str] = frozenset()
 
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
+
+# Methods that make text to predict, and so do nothing for classes: where they are tried instead.
+HOMES: dict[str, str] = {"ul2": "llama"}
 
 # Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
 # first, and the size at equal ranks, which pay the same price, for the second.
@@ -68,6 +80,12 @@ PAIRED: dict[str, tuple[str, ...]] = {
     "bone": ("bone(r=4)", "bone(r=8, variant='bat')"),
     "peft": ("peft(type='LORA', r=4)", "peft(type='LORA', r=4, use_dora=True)"),
 }
+
+
+def home(specs: Sequence[Any]) -> str:
+    """The shape that methods are tried on where one is enough."""
+    names = [registry.build(spec).card.name for spec in specs]
+    return next((HOMES[name] for name in names if name in HOMES), "bert")
 
 
 def specs() -> list[str]:
@@ -86,11 +104,13 @@ def on_shapes(shapes: Sequence[str]) -> list[tuple[str, str, bool]]:
     one more shape in turn.
     """
     found, turn = [], 0
-    for rows in ROWS.values():
+    for name, rows in ROWS.items():
         for index, spec in enumerate(rows):
             turn += index > 0
             for place, shape in enumerate(shapes):
                 quick = index == 0 or place == 0 or place == 1 + turn % (len(shapes) - 1)
+                if name in HOMES and shape == "bert":
+                    continue
                 if place == 0 or spec not in HEADS_ONLY:
                     found.append((shape, spec, not quick))
     return found

@@ -87,6 +87,8 @@ class Context:
         seed: The run's seed.
         device: Where the model runs.
         tokenizer: The run's one tokenizer, or None.
+        task: The recipe's task, or an empty string.
+        length: Longest row in tokens, or None.
         pool: Training examples as `OnData` methods left them, or None.
         requests: Outputs that somebody asked the base objective for.
         figures: What methods put into the log line of the step that is being taken.
@@ -98,6 +100,8 @@ class Context:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokenizer: Any = None
+    task: str = ""
+    length: int | None = None
     pool: Any = None
     requests: set[str] = field(default_factory=set)
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)

@@ -205,8 +205,17 @@ class OnBatch(Method):
         """
         return example
 
-    def raw_length(self, length: int) -> int:
-        """Tokens of a training example before `transform`, so that it fits `length` after it."""
+    def shown_length(self, length: int) -> int:
+        """Tokens of any example before `present`, so that it fits `length` after it."""
+        return length
+
+    def raw_length(self, length: int, task: str) -> int:
+        """Tokens of a training example before `transform`, so that it fits `length` after it.
+
+        Args:
+            length: Longest row in tokens.
+            task: The recipe's task; of a pair, the tokens of both parts together count.
+        """
         return length
 
     def layout(self, context: Context) -> Callable[[list[Example], Draw, Step], Batch] | None:

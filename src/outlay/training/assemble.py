@@ -188,6 +188,8 @@ def assemble(
         seed=recipe.seed,
         device=backend.device,
         tokenizer=tokenizer,
+        task=recipe.task,
+        length=recipe.batch.length,
         loader=loader,
         kept=kept if kept is not None else {},
     )

@@ -30,7 +30,7 @@ from .data.labels import Labels
 from .data.pool import NoPool
 from .evaluate import evaluate, predictions
 from .keeper import Silent
-from .materials import Materials, load_materials
+from .materials import Materials, load_materials, shown_length
 from .models.export import save_model
 from .models.tokens import token_bytes
 from .recipe import Recipe
@@ -153,7 +153,7 @@ class Finished:
         if not labeled and recipe.task not in _TEXTS:
             # A label that is there is not needed, and may be missing in some rows.
             rows = [{k: v for k, v in row.items() if k != "label"} for row in rows]
-        examples = encode(rows, recipe.task, tokenizer, recipe.batch.length, self.labels)
+        examples = encode(rows, recipe.task, tokenizer, shown_length(recipe), self.labels)
         yield from self.assembly.batches_of(examples)
 
 

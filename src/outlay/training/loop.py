@@ -136,7 +136,7 @@ class Loop:
             steps=1,
             micro_batches=len(batches),
             examples=sum(map(example_count, batches)),
-            tokens=sum(map(token_count, batches)),
+            tokens=sum(token_count(batch, live.context.task) for batch in batches),
             **flops.named(),
             parameter_updates=trained,
             seconds=time.perf_counter() - started,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.errors import ConfigError
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
 from .data.blocks import blocks
@@ -88,21 +89,46 @@ class Materials:
         return objective_for(recipe.task, recipe.objective, self.labels, requests)
 
 
-def raw_length(recipe: Recipe) -> int:
-    """Tokens of a training example before methods rewrite it to fit `batch.length`."""
+def shown_length(recipe: Recipe) -> int:
+    """Tokens of an example before methods show it, so that it fits `batch.length`."""
     length = recipe.batch.length
-    for method in reversed(recipe.methods):
-        if isinstance(method, OnBatch):
-            length = method.raw_length(length)
+    for method in _on_batch(recipe.methods):
+        length = method.shown_length(length)
     return length
 
 
-def _wanted_tokens(recipe: Recipe, tokenizer: Any) -> dict[str, None]:
-    """Tokens that any method of the run asks for, in every stage."""
+def raw_length(recipe: Recipe) -> int:
+    """Tokens of a training example before methods show and rewrite it to fit `batch.length`."""
+    length = recipe.batch.length
+    for method in _on_batch(recipe.methods):
+        length = method.raw_length(length, recipe.task)
+    for method in _on_batch(recipe.methods):
+        length = method.shown_length(length)
+    return length
+
+
+def _on_batch(methods: Sequence[Any]) -> list[OnBatch]:
+    """From the last to the first: what comes out of all must fit."""
+    return [method for method in reversed(methods) if isinstance(method, OnBatch)]
+
+
+def _add_tokens(recipe: Recipe, tokenizer: Any) -> tuple[str, ...]:
+    """Add what the methods of all stages ask for, in their order, and say what was missing."""
     stages = (stage.methods or () for stage in recipe.stages)
     methods = [*recipe.methods, *(method for some in stages for method in some)]
-    found = (m.tokens(tokenizer) for m in methods if isinstance(m, OnBatch))
-    return dict.fromkeys(token for tokens in found for token in tokens)
+    added: list[str] = []
+    for method in methods:
+        # A method sees the tokens of those before it, of earlier stages too.
+        wanted = method.tokens(tokenizer) if isinstance(method, OnBatch) else ()
+        if wanted and tokenizer is None:
+            raise ConfigError(
+                f"{method.card.name!r} adds tokens, and {recipe.task} has none", "leave it out"
+            )
+        missing = [token for token in wanted if token not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_tokens(missing, special_tokens=True)
+            added += missing
+    return tuple(added)
 
 
 def load_materials(
@@ -147,18 +173,14 @@ def load_materials(
     elif isinstance(recipe.model, nn.Module):
         digest = fingerprint(recipe.model)
     added: tuple[str, ...] = () if run is None else run.added
-    wanted = _wanted_tokens(recipe, tokenizer)
-    missing = [token for token in wanted if token not in tokenizer.get_vocab()] if wanted else []
-    if missing:
-        tokenizer.add_tokens(missing, special_tokens=True)
-        added = (*added, *missing)
+    added = (*added, *_add_tokens(recipe, tokenizer))
 
     def encoded(rows: list[Row], length: int) -> Sequence[Example]:
         if getattr(recipe.data, "blocks", False):
             return blocks(rows, tokenizer, length, recipe.task)
         return encode(rows, recipe.task, tokenizer, length, splits.labels)
 
-    length = recipe.batch.length
+    length = shown_length(recipe)
     return Materials(
         train=encoded(splits.train, raw_length(recipe)),
         splits={

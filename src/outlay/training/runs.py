@@ -33,7 +33,7 @@ from .assemble import Assembly, assemble
 from .backend import OneDevice
 from .keeper import Keeper, Progress, Silent
 from .log import Log, Tracker
-from .materials import Materials, load_materials, raw_length
+from .materials import Materials, load_materials, raw_length, shown_length
 from .recipe import Recipe
 from .specs import Spec, StageSpec
 
@@ -346,7 +346,8 @@ class Runner:
         """Data and model of a stage; those of the run where they agree."""
         parts = ("data", "task", "model", "batch")
         same = all(getattr(recipe, k) == getattr(self.recipe, k) for k in parts)
-        if same and raw_length(recipe) == raw_length(self.recipe):
+        lengths = [(shown_length(some), raw_length(some)) for some in (recipe, self.recipe)]
+        if same and lengths[0] == lengths[1]:
             return self.materials
         key = json.dumps(recipe.resolved(), sort_keys=True)
         if key not in self._others:

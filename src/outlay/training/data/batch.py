@@ -100,8 +100,16 @@ def _layout_of(spec: BatchSpec, pad: int) -> Layout:
     return lambda examples, _draw, _step: packed(examples, pad, spec.pad_to)
 
 
-def token_count(batch: Batch) -> int:
-    """Processed tokens, padding left out; rows where there are no tokens."""
+def token_count(batch: Batch, task: str = "") -> int:
+    """Processed tokens, padding left out; rows where there are no tokens.
+
+    Args:
+        batch: What is counted.
+        task: With "sequence-to-sequence" the scored tokens of the targets count as well.
+    """
+    labels = batch.get("labels")
+    if task == "sequence-to-sequence" and isinstance(labels, Tensor):
+        return token_count(batch) + int((labels != -100).sum())
     segments = batch.get("segment_ids")
     if isinstance(segments, Tensor):
         return int((segments >= 0).sum())
@@ -229,7 +237,8 @@ class Drawer:
         self._frontier = {
             "steps": self._frontier["steps"] + 1,
             "examples": self._frontier["examples"] + sum(map(example_count, batches)),
-            "tokens": self._frontier["tokens"] + sum(map(token_count, batches)),
+            "tokens": self._frontier["tokens"]
+            + sum(token_count(batch, self.context.task) for batch in batches),
         }
         return Drawn(batches, after, dict(self._frontier), version)
 

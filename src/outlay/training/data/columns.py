@@ -93,7 +93,7 @@ def find_columns(spec: DataSpec, task: str, table: Table, labeled: bool = True) 
     if spec.messages or (not (spec.text or spec.prompt) and "messages" in present):
         return Columns(messages=column(spec.messages, "messages", "messages"), **shared)
     paired = spec.prompt or spec.completion or {"prompt", "completion"} <= set(present)
-    if task == "sequence-to-sequence" or (paired and not spec.text):
+    if (task == "sequence-to-sequence" and not spec.blocks) or (paired and not spec.text):
         return Columns(
             prompt=column(spec.prompt or spec.text, "prompt", "prompt"),
             completion=column(spec.completion or spec.label, "completion", "completion")

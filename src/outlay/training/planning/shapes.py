@@ -35,7 +35,13 @@ class Shape:
 
 def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
     """Micro-batch shapes of the first steps, in the run's own order."""
-    context = Context(budget=recipe.budget, seed=recipe.seed, tokenizer=materials.tokenizer)
+    context = Context(
+        budget=recipe.budget,
+        seed=recipe.seed,
+        tokenizer=materials.tokenizer,
+        task=recipe.task,
+        length=recipe.batch.length,
+    )
     pool = Pool(materials.train, recipe.seed)
     context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool)
     spec = recipe.batch.model_copy(update={"prefetch": 0})
