@@ -93,7 +93,7 @@ class Assembly:
         return model
 
 
-def expected_steps(budget: Budget, batch_size: int, pool: Pool) -> int | None:
+def expected_steps(budget: Budget, batch_size: int, pool: Pool, task: str = "") -> int | None:
     """Optimizer steps that a budget is expected to give; None for FLOPs and seconds."""
     if budget.unit == "steps":
         return int(budget.amount)
@@ -102,7 +102,12 @@ def expected_steps(budget: Budget, batch_size: int, pool: Pool) -> int | None:
     if budget.unit == "tokens":
         lengths = getattr(pool.examples, "lengths", None)
         if lengths is None:
-            lengths = [len(e["input_ids"]) for e in pool.examples if "input_ids" in e]
+            paired = task == "sequence-to-sequence"
+            lengths = [
+                len(e["input_ids"]) + (len(e["labels"]) if paired else 0)
+                for e in pool.examples
+                if "input_ids" in e
+            ]
         mean = sum(lengths) / len(lengths) if len(lengths) else 1.0
         return max(1, math.ceil(budget.amount / (mean * batch_size)))
     return None
@@ -201,7 +206,7 @@ def assemble(
             with context.meter.under(method.card.name):
                 chosen = method.select(chosen, context)
     context.pool = chosen
-    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, chosen)
+    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, chosen, recipe.task)
     model, originals = adapt(model, methods, context)
     model = backend.place(model)
     if recipe.batch.packing:

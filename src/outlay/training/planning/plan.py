@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...core.budget import Budget
 from ...nn.placement import fakes_move
-from ..assemble import Assembly, expected_steps
+from ..assemble import Assembly
 from ..backend import OneDevice
 from ..materials import Materials, load_materials
 from ..recipe import Recipe
@@ -106,7 +106,7 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
         chain = _chain(recipe, assembly)
         notes: list[str] = []
         memory = live_bytes(assembly, widest.batch, notes)
-    steps = expected_steps(recipe.budget, recipe.batch.size, assembly.live.pool)
+    steps = assembly.context.total_steps
     micro = recipe.batch.size // (recipe.batch.micro or recipe.batch.size)
     per_batch = spread(shapes, {key: both[0] for key, both in counted.items()})
     once = spread(shapes, {key: both[1] for key, both in counted.items()})

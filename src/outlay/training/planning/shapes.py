@@ -43,7 +43,7 @@ def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
         length=recipe.batch.length,
     )
     pool = Pool(materials.train, recipe.seed)
-    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool)
+    context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool, recipe.task)
     spec = recipe.batch.model_copy(update={"prefetch": 0})
     methods = [m for m in recipe.methods if isinstance(m, OnBatch)]
     drawer = Drawer(pool, spec, methods, context)
