@@ -95,7 +95,7 @@ class Materialized(torch.autograd.Function):
                 da = (left.T @ dense).to(a.dtype) * ctx.scaling
             if needs[2]:
                 db = (dense @ right.T).to(b.dtype)
-            if needs[3]:
+            if values is not None and needs[3]:
                 dvalues = dense.view(-1).index_select(0, positions).to(values.dtype)
             formings += needs[1] + needs[2]
         executed = 2 * m * n * (len(rows) * products + r * formings)
@@ -119,7 +119,7 @@ class Factored(torch.autograd.Function):
         rows = x.reshape(-1, n)
         hidden = rows @ (a * scaling).to(x.dtype).T
         out = F.linear(hidden, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        if values is not None:
+        if values is not None and positions is not None:
             out += sparse_product(values, positions, m, n, rows.T, False).T
         _report(2 * len(rows) * (r * (m + n) + k), len(rows), shape)
         return out.view(*x.shape[:-1], m)
@@ -148,7 +148,7 @@ class Factored(torch.autograd.Function):
         if needs[2]:
             db = (flat.T @ (rows @ right.T)).to(b.dtype)
             work += r * (n + m)
-        if needs[3]:
+        if values is not None and needs[3]:
             dvalues = sampled_product(flat.T, rows, positions).to(values.dtype)
             work += k
         _report_back(2 * len(rows) * work, len(rows), shape, needs)

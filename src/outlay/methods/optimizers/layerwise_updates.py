@@ -11,7 +11,7 @@ from ...core.method import Method
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseUpdates(Method):
-    """Updates inside the backward pass, one optimizer a parameter. arXiv 2306.09782, section 3.1.
+    """Updates inside the backward pass, one optimizer a parameter. As in LOMO, arXiv 2306.09782.
 
     No two gradients need to be in memory at once. It acts at no place: its claim,
     `update.inside`, tells the loop when to update, so it stacks with any optimizer, whose `build`
