@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from conformance import settings
 from torch import Tensor, nn
 
-from outlay.core.meter import FlopTable, Meter
+from outlay.core.meter import Flops, FlopTable
 from outlay.core.method import OnBatch, Step, Watcher
 from outlay.training.assemble import Assembly
 from outlay.training.backend import OneDevice
@@ -78,14 +79,16 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
         "budget": "3steps",
     } | more
     fields["model"] = model | (more.get("model") or {})
+    if any(spec in settings.INSIDE for spec in methods):
+        fields["optimizer"] = fields["optimizer"] | {"clip": None}
     return Recipe(**fields)
 
 
 class Uncounted(FlopTable):
     """Counts nothing: the first meeting with a shape costs ten passes otherwise."""
 
-    def run(self, key: Any, function: Callable[[], Any], meter: Meter) -> tuple[Any, int]:
-        return function(), 0
+    def run(self, key: Any, function: Callable[[], Any], *_: Any) -> tuple[Any, Flops]:
+        return function(), Flops(0, 0, 0)
 
 
 _MATERIALS: dict[str, Materials] = {}

@@ -44,12 +44,25 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
         "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
+    "sltrain": (
+        "sltrain(rank=8, density=0.1)",
+        "sltrain(rank=8, density=0.2, mode='materialize', target_modules='all-linear')",
+        "sltrain(rank=8, density=0.1, mode='factored', train_values=False)",
+    ),
+    "low_rank": ("low_rank(rank=8)", "low_rank(rank=8, init='zero_b')"),
+    "layerwise_updates": ("layerwise_updates",),
+    "adamw_8bit": ("adamw_8bit(block_size=64)",),
+    "galore": ("galore(rank=4, update_every=2)",),
+    "apollo": ("apollo(rank=4, update_every=2)", "apollo(variant='mini', update_every=2)"),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
 
-# Rows whose first forward pass is not the base model's. None so far.
-MOVES_AT_START: frozenset[str] = frozenset()
+# Rows whose first forward pass is not the base model's: they train from scratch.
+MOVES_AT_START: frozenset[str] = frozenset((*ROWS["sltrain"], *ROWS["low_rank"]))
+
+# Rows whose gradients are gone once backward is over.
+INSIDE: frozenset[str] = frozenset({"layerwise_updates"})
 
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})

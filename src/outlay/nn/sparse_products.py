@@ -6,6 +6,8 @@ FLOPs are counted.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +19,14 @@ def has_sparse_products(x: Tensor) -> bool:
     """True where the sparse kernels are worth a thought: measured on CPU alone, with MKL."""
     wide = x.dtype in (torch.float32, torch.float64)
     return x.device.type == "cpu" and wide and torch.backends.mkl.is_available()
+
+
+@functools.cache
+def _be_quiet() -> None:
+    """Torch says once in a process that sparse matrices are in beta: not in the user's run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()
 
 
 def _rows(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
@@ -57,6 +67,7 @@ torch.library.define(
 def _sparse_product(
     values: Tensor, positions: Tensor, rows: int, columns: int, dense: Tensor, transposed: bool
 ) -> Tensor:
+    _be_quiet()
     made = (_columns if transposed else _rows)(_wide(values), positions, rows, columns)
     with torch.autocast(dense.device.type, enabled=False):
         return (made @ _wide(dense)).to(dense.dtype)
@@ -88,6 +99,7 @@ def sparse_product(
 
 @torch.library.impl("outlay::sampled_product", "default")
 def _sampled_product(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
+    _be_quiet()
     blank = torch.zeros(len(positions), dtype=_wide(left[:0]).dtype, device=left.device)
     pattern = _rows(blank, positions, left.shape[0], right.shape[1])
     found = torch.sparse.sampled_addmm(pattern, _wide(left), _wide(right), beta=0.0)
