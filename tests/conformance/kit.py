@@ -15,6 +15,7 @@ import transformers
 from conformance import settings
 from torch import Tensor, nn
 
+from outlay.core import registry
 from outlay.core.meter import Flops, FlopTable
 from outlay.core.method import OnBatch, Step, Watcher
 from outlay.training.assemble import Assembly
@@ -79,7 +80,7 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
         "budget": "3steps",
     } | more
     fields["model"] = model | (more.get("model") or {})
-    if any(spec in settings.INSIDE for spec in methods):
+    if any(registry.build(method).spec() in settings.INSIDE for method in methods):
         fields["optimizer"] = fields["optimizer"] | {"clip": None}
     return Recipe(**fields)
 
