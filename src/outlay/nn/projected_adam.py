@@ -2,7 +2,8 @@
 
 GaLore and APOLLO share it: they differ in where the projection comes from and in what the small
 moments say about the full update. Arithmetic as in both authors' code: epsilon is added before
-the bias correction, and weight decay acts on the updated weight.
+the bias correction, and weight decay acts on the updated weight. Moments and projections are float32
+or wider, where the authors' follow the gradient's type.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         target_modules: Regular expression over the path of the module that holds the matrix.
 
     Raises:
-        ConfigError: If no matrix is projected anywhere in the groups is not an error here: with
-            updates inside backward each optimizer holds one parameter.
+        ConfigError: If the expression is broken.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 if self.is_projected(name, parameter):
                     shorter, longer = sorted(parameter.shape)
                     entries = self.rank * (2 * longer + shorter)
-                total += entries * parameter.element_size()
+                total += entries * max(4, parameter.element_size())
         return total
 
     @torch.no_grad()
@@ -100,7 +100,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if parameter.grad is not None:
-                    self._update(name, parameter, parameter.grad, group)
+                    wide = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))
+                    self._update(name, parameter, wide, group)
 
     def _update(self, name: str, parameter: Tensor, gradient: Tensor, group: Any) -> None:
         state = self.state[parameter]
@@ -121,7 +122,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if small:
             update = self.full_update(update, seen, gradient, state)
         corrected = math.sqrt(1 - second ** (count + 1)) / (1 - first ** (count + 1))
-        parameter.add_(update, alpha=-group["lr"] * corrected)
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * corrected)
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 

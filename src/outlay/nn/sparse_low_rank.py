@@ -22,9 +22,9 @@ from .sparse_products import has_sparse_products
 Init = Literal["both", "zero_b"]
 Mode = Literal["materialize", "factored", "auto"]
 
-# A multiply-add of the sparse kernel takes as long as this many of a dense product: one AVX2 core,
-# float32, 1376 x 512, 2,048 tokens (`benchmarks/sparse_low_rank.py`).
-_SPARSE_COST = 16
+# A multiply-add of the sparse kernels takes as long as this many of a dense product, on one core in
+# float32 (`benchmarks/sparse_low_rank.py`).
+_SPARSE_COST = 20
 
 
 class LowRankLinear(nn.Module):

@@ -74,12 +74,11 @@ class _GaLoreAdamW(ProjectedAdamW):
 
     def basis(self, gradient: Float[Tensor, "m n"], name: str, turn: int) -> Tensor:
         """Leading singular vectors of the shorter side."""
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        left, _, right = torch.linalg.svd(wide, full_matrices=False)
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
         tall = gradient.shape[0] >= gradient.shape[1]
         kept = right[: self.rank] if tall else left[:, : self.rank].T
         largest = kept.gather(1, kept.abs().argmax(1, keepdim=True))
-        kept = (kept * largest.sign()).to(gradient.dtype)
+        kept = kept * largest.sign()
         return kept if tall else kept.T.contiguous()
 
     def full_update(

@@ -166,7 +166,7 @@ def live_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> dict[str, 
 
 
 def _lets_go(assembly: Assembly) -> bool:
-    """True if a gradient is gone once it has been used: one micro-batch, updates inside backward."""
+    """True if each gradient goes once it is used: updates inside backward, one micro-batch."""
     spec = assembly.recipe.batch
     return assembly.loop.inside and spec.micro in (None, spec.size)
 
