@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance import kit
 from optimizer_kit import SETTINGS, groups, network, peer, tensor_bytes, walked
 
 from outlay import GaLore
 from outlay.core.context import Context
 from outlay.core.errors import ConfigError
 from outlay.nn.projected_adam import project, project_back
+from outlay.training.planning.plan import plan
 
 PROJECTED = ("mlp.tall.weight", "attn.wide.weight")
 
@@ -86,6 +88,23 @@ def test_state_is_as_large_as_it_says(rank):
     walked(optimizer, parameters, 1)
     small = 2 * 8 * rank * (2 * 24 + 10) if rank < 10 else 2 * 8 * 2 * 240
     assert tensor_bytes(optimizer) == optimizer.state_bytes() == small + 2 * 8 * (12 + 192)
+
+
+def test_bfloat16_weights_have_float32_state():
+    parameters = network(torch.bfloat16)
+    optimizer = ours(parameters)
+    walked(optimizer, parameters, 2)
+    state = optimizer.state[parameters["mlp.tall.weight"]]
+    assert {state[k].dtype for k in ("basis", "exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert tensor_bytes(optimizer) == optimizer.state_bytes()
+
+
+@pytest.mark.parametrize("spec", ["galore(rank=4)", "apollo(rank=4)"])
+def test_a_plan_knows_the_state(spec):
+    recipe = kit.recipe("llama", [spec])
+    trained = kit.trained(kit.stage(recipe))
+    held = sum(tensor_bytes(optimizer) for optimizer in trained.live.optimizers)
+    assert plan(recipe, device="cpu").memory_bytes["optimizer"] == held
 
 
 def test_what_is_not_matched_is_plain_adamw():

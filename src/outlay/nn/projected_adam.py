@@ -2,8 +2,8 @@
 
 GaLore and APOLLO share it: they differ in where the projection comes from and in what the small
 moments say about the full update. Arithmetic as in both authors' code: epsilon is added before
-the bias correction, and weight decay acts on the updated weight. Moments and projections are float32
-or wider, where the authors' follow the gradient's type.
+the bias correction, and weight decay acts on the updated weight. Moments and projections are
+float32 or wider, where the authors' follow the gradient's type.
 """
 
 from __future__ import annotations

@@ -206,9 +206,10 @@ def kept_by(watcher: Watcher) -> list[Tensor]:
 
 def _state_bytes(assembly: Assembly) -> int:
     """Bytes of the optimizer's moments; those with `state_bytes()` know their own."""
-    total = 0
+    total: int = 0
     for optimizer in assembly.live.optimizers:
-        if callable(known := getattr(optimizer, "state_bytes", None)):
+        known: Any = getattr(optimizer, "state_bytes", None)
+        if callable(known):
             total += known()
             continue
         for group in optimizer.param_groups:
