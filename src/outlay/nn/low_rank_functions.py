@@ -64,7 +64,7 @@ class Materialized(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, values: Tensor | None,
         positions: Tensor | None, bias: Tensor | None, scaling: float,
     ) -> Tensor:  # fmt: skip
-        """Y = x W^T + bias; 2 r m n + 2 t m n FLOPs."""
+        """Output x W^T + bias; 2 r m n + 2 t m n FLOPs."""
         ctx.save_for_backward(x, a, b, values, positions)
         ctx.scaling = scaling
         shape = m, n, r, _ = _shape(a, b, values)
@@ -112,7 +112,7 @@ class Factored(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, values: Tensor | None,
         positions: Tensor | None, bias: Tensor | None, scaling: float,
     ) -> Tensor:  # fmt: skip
-        """Y = (x A^T) B^T * scaling + x S^T + bias; 2 t (r (m + n) + k) FLOPs."""
+        """Output (x A^T) B^T * scaling + x S^T + bias; 2 t (r (m + n) + k) FLOPs."""
         ctx.save_for_backward(x, a, b, values, positions)
         ctx.scaling = scaling
         shape = m, n, r, k = _shape(a, b, values)

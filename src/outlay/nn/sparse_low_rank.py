@@ -79,13 +79,13 @@ class LowRankLinear(nn.Module):
             "device": torch.get_default_device() if device is None else torch.device(device),
             "dtype": torch.get_default_dtype() if dtype is None else dtype,
         }
-        self.a = self._drawn("a", (rank, in_features), 1 / math.sqrt(in_features))
+        self.a = self._uniform("a", (rank, in_features), 1 / math.sqrt(in_features))
         bound = 1 / math.sqrt(rank) if init == "both" else 0.0
-        self.b = self._drawn("b", (out_features, rank), bound)
+        self.b = self._uniform("b", (out_features, rank), bound)
         width = 1 / math.sqrt(out_features)
-        self.bias = self._drawn("bias", (out_features,), width) if bias else None
+        self.bias = self._uniform("bias", (out_features,), width) if bias else None
 
-    def _drawn(self, stream: str, shape: tuple[int, ...], bound: float) -> nn.Parameter:
+    def _uniform(self, stream: str, shape: tuple[int, ...], bound: float) -> nn.Parameter:
         """Uniform in [-bound, bound], the same numbers whatever the device and type."""
         if self._placed["device"].type == "meta" or not bound:
             return nn.Parameter(torch.zeros(shape, **self._placed))
@@ -204,7 +204,7 @@ class SparseLowRankLinear(LowRankLinear):
             )
         self.density, self.mode = density, mode
         count = int(density * size)
-        self.values = self._drawn("values", (count,), 1 / math.sqrt(in_features))
+        self.values = self._uniform("values", (count,), 1 / math.sqrt(in_features))
         self.register_buffer("positions", self._support(count, size))
 
     def _support(self, count: int, size: int) -> Tensor:

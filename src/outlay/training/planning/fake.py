@@ -206,10 +206,10 @@ def kept_by(watcher: Watcher) -> list[Tensor]:
 
 def _state_bytes(assembly: Assembly) -> int:
     """Bytes of the optimizer's moments; those with `state_bytes()` know their own."""
-    total: int = 0
+    total = 0
     for optimizer in assembly.live.optimizers:
         known: Any = getattr(optimizer, "state_bytes", None)
-        if callable(known):
+        if known is not None:
             total += known()
             continue
         for group in optimizer.param_groups:
