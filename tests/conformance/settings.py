@@ -6,6 +6,7 @@ A method of the registry without a row here fails a test; a row brings every che
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from outlay.core import registry
@@ -53,12 +54,29 @@ ROWS: dict[str, tuple[str, ...]] = {
         "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), mode_tokens=False, sentinels=20)",
     ),
     "mode_token": ("mode_token", "mode_token(mode='[S2S]')"),
+    "sltrain": (
+        "sltrain(rank=8, density=0.1)",
+        "sltrain(rank=8, density=0.2, mode='materialize', target_modules='all-linear')",
+        "sltrain(rank=8, density=0.1, mode='factored', train_values=False)",
+    ),
+    "low_rank": ("low_rank(rank=8)", "low_rank(rank=8, init='zero_b')"),
+    "layerwise_updates": ("layerwise_updates",),
+    "adamw_8bit": ("adamw_8bit(block_size=64)",),
+    "galore": ("galore(rank=4, update_every=2)",),
+    "apollo": ("apollo(rank=4, update_every=2)", "apollo(variant='mini', update_every=2)"),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
 
-# Rows whose first forward pass is not the base model's. None so far.
-MOVES_AT_START: frozenset[str] = frozenset()
+# Packages without which a method is refused. `make setup` installs them; elsewhere the rows are
+# left out.
+EXTRAS: dict[str, str] = {"adamw_8bit": "torchao"}
+
+# Rows whose first forward pass is not the base model's: they train from scratch.
+MOVES_AT_START: frozenset[str] = frozenset((*ROWS["sltrain"], *ROWS["low_rank"]))
+
+# Rows whose gradients are gone once backward is over.
+INSIDE: frozenset[str] = frozenset({"layerwise_updates"})
 
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
@@ -88,13 +106,18 @@ def home(specs: Sequence[Any]) -> str:
     return next((HOMES[name] for name in names if name in HOMES), "bert")
 
 
+def runnable() -> dict[str, tuple[str, ...]]:
+    """Rows of the methods whose packages are there."""
+    return {n: rows for n, rows in ROWS.items() if n not in EXTRAS or find_spec(EXTRAS[n])}
+
+
 def specs() -> list[str]:
-    return [spec for rows in ROWS.values() for spec in rows]
+    return [spec for rows in runnable().values() for spec in rows]
 
 
 def representatives() -> list[str]:
     """One row a method, and one more where variants claim different things."""
-    return [spec for name, rows in ROWS.items() for spec in PAIRED.get(name, rows[:1])]
+    return [spec for name, rows in runnable().items() for spec in PAIRED.get(name, rows[:1])]
 
 
 def on_shapes(shapes: Sequence[str]) -> list[tuple[str, str, bool]]:
@@ -104,7 +127,7 @@ def on_shapes(shapes: Sequence[str]) -> list[tuple[str, str, bool]]:
     one more shape in turn.
     """
     found, turn = [], 0
-    for name, rows in ROWS.items():
+    for name, rows in runnable().items():
         for index, spec in enumerate(rows):
             turn += index > 0
             for place, shape in enumerate(shapes):

@@ -12,6 +12,9 @@ from ..core.errors import ConfigError, Conflict, NoEffect, nearest
 
 ALL_LINEAR = "all-linear"
 
+# What pre-training with small weights or small moments acts on: embeddings, norms and head stay.
+ATTENTION_AND_MLP = r"(?i).*(attn|attention|mlp).*"
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' `Conv1D` (GPT-2), whose weight is stored as (in, out)."""

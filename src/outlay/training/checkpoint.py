@@ -103,11 +103,22 @@ Marks = Mapping[str, Mark]
 
 
 def buffer_marks(*modules: nn.Module) -> dict[str, Mark]:
-    """Every buffer and parameter as it is now, to tell later which were written."""
+    """Every buffer and parameter as it is now, to tell later which were written.
+
+    Buffers that a module names in `drawn` get no mark: a checkpoint holds what was drawn, since
+    another version of torch may draw otherwise from the same seed.
+    """
+    drawn = {
+        id(inner._buffers[name])
+        for module in modules
+        for inner in module.modules()
+        for name in getattr(inner, "drawn", ())
+    }
     return {
         f"{index}:{name}": (weakref.ref(tensor), tensor._version, _small_digest(tensor))
         for index, module in enumerate(modules)
         for name, tensor in (*module.named_buffers(), *module.named_parameters())
+        if id(tensor) not in drawn
     }
 
 

@@ -144,8 +144,10 @@ def live_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> dict[str, 
     with _prefix_of(assembly, batch), LiveBytes() as tracker:
         tracker.hold(*(p for _, p in named), *assembly.model.buffers())
         weights = tracker.now
-        _pass(assembly, _on_device(assembly, batch))
-        gradients = sum(p.numel() * p.element_size() for p in trainable)
+        with _spent_inside(assembly, trainable):
+            _pass(assembly, _on_device(assembly, batch))
+        sizes = [p.numel() * p.element_size() for p in trainable]
+        gradients = max(sizes, default=0) if _lets_go(assembly) else sum(sizes)
     # The update needs a temporary or two of the largest parameter (all of them with foreach).
     largest = max((p.numel() * p.element_size() for p in trainable), default=0)
     foreach = assembly.loop.backend.device.type == "cuda"
@@ -161,6 +163,24 @@ def live_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> dict[str, 
         "activations": max(0, peak - weights - gradients - state),
         "peak": peak,
     }
+
+
+def _lets_go(assembly: Assembly) -> bool:
+    """True if each gradient goes once it is used: updates inside backward, one micro-batch."""
+    spec = assembly.recipe.batch
+    return assembly.loop.inside and spec.micro in (None, spec.size)
+
+
+@contextlib.contextmanager
+def _spent_inside(assembly: Assembly, trainable: list[nn.Parameter]) -> Iterator[None]:
+    """Updates inside backward: each gradient goes as soon as it is there."""
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for parameter in (trainable if _lets_go(assembly) else ())
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def _watched_bytes(assembly: Assembly, batch: Batch, notes: list[str]) -> int:
@@ -185,9 +205,13 @@ def kept_by(watcher: Watcher) -> list[Tensor]:
 
 
 def _state_bytes(assembly: Assembly) -> int:
-    """Bytes of the optimizer's moments: from a real step on one element where it can be known."""
+    """Bytes of the optimizer's moments; those with `state_bytes()` know their own."""
     total = 0
     for optimizer in assembly.live.optimizers:
+        known: Any = getattr(optimizer, "state_bytes", None)
+        if known is not None:
+            total += known()
+            continue
         for group in optimizer.param_groups:
             if isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam)):
                 moments = 2

@@ -1,0 +1,1 @@
+"""Weights that are sparse, low-rank, or both."""
