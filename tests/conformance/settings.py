@@ -44,6 +44,20 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
         "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
+    "spdf": (
+        "spdf(sparsity=0.6)",
+        "spdf(sparsity=0.4, distribution='erk', until=0.5, exclude=('k_proj',))",
+        "spdf(sparsity=0.5, init='magnitude')",
+    ),
+    "dynamic_sparsity": (
+        "dynamic_sparsity(sparsity=0.5, every=1, stop=1.0)",
+        "dynamic_sparsity(rule='set', sparsity=0.5, every=2, distribution='erk')",
+    ),
+    "gradual_pruning": (
+        "gradual_pruning(every=1, start=0.0, end=0.8)",
+        "gradual_pruning(final_sparsity=0.6, every=1, shape='cubic', scope='layer', unit='steps')",
+        "gradual_pruning(every=1, structure='2:4', score='random', shape='linear', end=1.0)",
+    ),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
