@@ -233,7 +233,7 @@ def test_executed_and_effective_flops_are_those_counted_by_hand(shape, spec):
     assert totals["effective_flops"] < totals["flops"]
 
 
-# Torch stops computing a block again once it has what the backward pass needs: not the last product.
+# Torch stops computing a block again once it has what the backward pass needs: not the last layer.
 AGAIN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 
 
