@@ -156,6 +156,19 @@ def regrown(
     return stays, fresh
 
 
+def average_density(events: Sequence[tuple[int, float]], total_steps: int) -> float:
+    """Mean density over the steps of a pruning schedule.
+
+    Args:
+        events: (steps taken before it, density from then on), in order; dense before the first.
+        total_steps: Steps of the run.
+    """
+    spent, since, density = 0.0, 0, 1.0
+    for step, following in events:
+        spent, since, density = spent + (step - since) * density, step, following
+    return (spent + (total_steps - since) * density) / total_steps
+
+
 def packed(keep: Tensor) -> Tensor:
     """Eight entries a byte; flat, on CPU."""
     import numpy as np

@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from ..core.errors import ConfigError, DataError
 
-Array = Float[np.ndarray, "..."]
-
 DELTA = 1e-3  # where the Huber loss turns linear, in nats of log L
-_STARTS = 24  # of the grid, the best are followed
+_STARTS = 12  # of the grid, the best are followed
 _DISTINCT = 3  # values of N and of D: a curve with a floor takes three points
 _FOLLOWS = 0.999  # correlation of log N and log D from which one cannot be told from the other
+_NO_FLOOR = math.log(1e-9)
 _KEYS = {"chinchilla": ("E", "A", "alpha", "B", "beta"), "power": ("E", "A", "alpha")}
 
 
@@ -126,10 +124,10 @@ def fit_scaling_law(
     return ScalingLaw(**{**vars(law), "error": error})
 
 
-def _column(runs: Sequence[Mapping[str, Any]], key: str) -> Array:
+def _column(runs: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     values = []
     for index, run in enumerate(runs):
-        value = run.get(key)
+        value: Any = run.get(key)
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not (number and math.isfinite(value) and value > 0):
             raise DataError(
@@ -139,16 +137,16 @@ def _column(runs: Sequence[Mapping[str, Any]], key: str) -> Array:
     return np.array(values)
 
 
-def _tells(form: str, n: Array, d: Array) -> bool:
+def _tells(form: str, n: np.ndarray, d: np.ndarray) -> bool:
     enough = len(set(n)) >= _DISTINCT and len({*zip(n, d)}) >= len(_KEYS[form])
     return enough and (form == "power" or (len(set(d)) >= _DISTINCT and not _follows(n, d)))
 
 
-def _follows(n: Array, d: Array) -> bool:
+def _follows(n: np.ndarray, d: np.ndarray) -> bool:
     return bool(abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) > _FOLLOWS)
 
 
-def _refuse(form: str, n_key: str, n: Array, d: Array, loss: Array) -> None:
+def _refuse(form: str, n_key: str, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> None:
     needed = len(_KEYS[form])
     if len({*zip(n, d)}) < needed:
         raise DataError(
@@ -180,7 +178,7 @@ class _Fit:
     """
 
     def __init__(
-        self, form: str, n: Array, d: Array, loss: Array,
+        self, form: str, n: np.ndarray, d: np.ndarray, loss: np.ndarray,
         centre: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         self.form = form
@@ -188,7 +186,7 @@ class _Fit:
         self.x, self.y = np.log(n) - self.centre[0], np.log(d) - self.centre[1]
         self.target = np.log(loss)
 
-    def residuals(self, point: Array) -> tuple[Array, Array]:
+    def residuals(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of log L, and their derivatives. Shapes (runs,) and (runs, constants)."""
         e, a, alpha = point[:3]
         terms = [np.full_like(self.x, e), a - alpha * self.x]
@@ -203,7 +201,7 @@ class _Fit:
             slopes += [weights[2], -weights[2] * self.y]
         return whole - self.target, np.stack(slopes, 1)
 
-    def objective(self, point: Array) -> tuple[float, Array]:
+    def objective(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """Huber loss in units of delta squared, and its gradient."""
         residual, slopes = self.residuals(point)
         scaled = residual / DELTA
@@ -211,7 +209,7 @@ class _Fit:
         value = np.where(near, scaled**2 / 2, np.abs(scaled) - 0.5).sum()
         return float(value), (np.clip(scaled, -1, 1) / DELTA) @ slopes
 
-    def grid(self) -> list[Array]:
+    def grid(self) -> list[np.ndarray]:
         """Starts: shares of the mean loss for each term, and exponents."""
         level = float(self.target.mean())
         starts = []
@@ -226,7 +224,7 @@ class _Fit:
                 starts.append(np.array([*point, level + math.log(second), beta]))
         return starts
 
-    def best(self, starts: Sequence[Array], refine: bool = True) -> Array:
+    def best(self, starts: Sequence[np.ndarray], refine: bool = True) -> np.ndarray:
         """The best point that L-BFGS finds; least squares with the same loss refine it."""
         from scipy.optimize import least_squares, minimize
 
@@ -234,23 +232,26 @@ class _Fit:
         found = [
             minimize(
                 self.objective, start, jac=True, method="L-BFGS-B",
-                options={"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9},
+                options={"maxiter": 300, "ftol": 1e-14, "gtol": 1e-9},
             )
             for start in chosen
         ]  # fmt: skip
         point = min(found, key=lambda each: float(each.fun)).x
         if not refine:
             return point
+        jacobian: Any = lambda p: self.residuals(p)[1]  # noqa: E731 - scipy's stubs want a name
         refined = least_squares(
-            lambda p: self.residuals(p)[0], point, jac=lambda p: self.residuals(p)[1],
+            lambda p: self.residuals(p)[0], point, jac=jacobian,
             loss="huber", f_scale=DELTA, xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=400,
         ).x  # fmt: skip
         return refined if self.objective(refined)[0] <= self.objective(point)[0] else point
 
-    def constants(self, point: Array) -> dict[str, float]:
+    def constants(self, point: np.ndarray) -> dict[str, float]:
         """The law's constants at a point."""
         e, a, alpha = map(float, point[:3])
-        found = {"E": math.exp(e), "A": math.exp(a + alpha * self.centre[0]), "alpha": alpha}
+        # A floor that the runs do not show runs off to zero.
+        floor = math.exp(e) if e > float(self.target.mean()) + _NO_FLOOR else 0.0
+        found = {"E": floor, "A": math.exp(a + alpha * self.centre[0]), "alpha": alpha}
         if self.form == "chinchilla":
             b, beta = map(float, point[3:])
             found |= {"B": math.exp(b + beta * self.centre[1]), "beta": beta}

@@ -16,6 +16,7 @@ from ...core.errors import ConfigError
 from ...core.live import Live
 from ...core.method import OnStep, Step
 from ...nn.masking import Scope, Score
+from ...nn.masks import average_density
 from ...nn.prunable import prunable_in, prunable_weights
 from ...nn.sparse_run import MaskWatcher, known_steps
 
@@ -144,10 +145,7 @@ class GradualPruning(OnStep):
         """Mean density over the steps of a run; without a number of steps, of a very long one."""
         if total_steps is None:
             return 1 / sum(self._parts())
-        spent, since, density = 0.0, 0, 1.0
-        for step, following in self.plan(total_steps):
-            spent, since, density = spent + (step - since) * density, step, following
-        return (spent + (total_steps - since) * density) / total_steps
+        return average_density(self.plan(total_steps), total_steps)
 
     def dense_equivalent(self, model: nn.Module, total_steps: int | None = None) -> float:
         """Prunable parameters of the dense model that costs as much at the same tokens."""
