@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, Lt
 from torch import nn
@@ -217,11 +217,11 @@ class _Pruner(MaskWatcher):
             self._prune(self.events[-1][0])
         super().close()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Counts and how many events are over."""
         return super().state_dict() | {"done": self.done}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
-        self.done = int(str(state["done"]))
+        self.done = int(state["done"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from torch import nn
@@ -122,11 +122,11 @@ class _Static(MaskWatcher):
         """Not before the dense part that the settings promise."""
         return self.dense
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Counts, and whether the dense part has begun."""
         return super().state_dict() | {"dense": self.dense}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
         self.dense = bool(state["dense"])
