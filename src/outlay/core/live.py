@@ -299,7 +299,6 @@ class Live:
             self.masks.pop(name, None)
         else:
             self.masks[name] = Mask(keep, kind, held)
-            self.after_update(name, parameter)
 
     def freeze(self, names: Iterable[Name], state: str = "drop") -> None:
         """Stop training parameters; "keep" puts their optimizer state aside for `thaw`.

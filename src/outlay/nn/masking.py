@@ -55,6 +55,10 @@ class MaskHost(Protocol):
         """Hold entries of a parameter at zero; None lifts the mask."""
         ...
 
+    def after_update(self, name: str, parameter: nn.Parameter) -> None:
+        """Enforce the mask of one parameter on its value and its optimizer state."""
+        ...
+
 
 class HookedModel:
     """Masks on a bare model: hooks mask gradients as they come, and values after each update.
@@ -94,7 +98,7 @@ class HookedModel:
         self.masks[name] = Mask(keep.to(parameter.device, torch.bool), kind)
         if parameter.requires_grad:
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
-        self.enforce(name)
+        self.after_update(name, parameter)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def hold(parameter: Tensor) -> None:
@@ -106,20 +110,23 @@ class HookedModel:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Enforce the masks after each of this optimizer's steps."""
         self.optimizers.append(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self.enforce())
+        optimizer.register_step_post_hook(self._enforce)
+
+    def _enforce(self, *_: Any) -> None:
+        for name in self.masks:
+            self.after_update(name, self.parameter(name))
 
     @torch.no_grad()
-    def enforce(self, *names: str) -> None:
-        """Zero values, gradients and moments where a mask says so."""
-        for name in names or self.masks:
-            keep, parameter = self.masks[name].keep, self.parameter(name)
-            parameter.mul_(keep)
-            if parameter.grad is not None:
-                parameter.grad.mul_(keep)
-            for optimizer in self.optimizers:
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.mul_(keep)
+    def after_update(self, name: str, parameter: nn.Parameter) -> None:
+        """Zero value, gradient and moments where the mask says so."""
+        keep = self.masks[name].keep
+        parameter.mul_(keep)
+        if parameter.grad is not None:
+            parameter.grad.mul_(keep)
+        for optimizer in self.optimizers:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.mul_(keep)
 
 
 class MaskController:
@@ -163,8 +170,16 @@ class MaskController:
 
     def _set(self, keeps: Mapping[str, Tensor]) -> None:
         for name, keep in keeps.items():
-            self.host.mask(name, keep if not bool(keep.all()) else None)
+            if bool(keep.all()):
+                self.host.mask(name, None)
+            else:
+                self._hold(name, keep)
         self.recount()
+
+    def _hold(self, name: str, keep: Tensor) -> None:
+        """Mask a weight, and its moments now rather than after the next update."""
+        self.host.mask(name, keep)
+        self.host.after_update(self.host.resolve(name), self.host.parameter(name))
 
     # ---- changes -----------------------------------------------------------------------------
 
@@ -315,8 +330,8 @@ class MaskController:
             keep = self.keep(name)
             stays, fresh = regrown(keep, self._magnitudes(name), growth, fraction)
             # First without what is dropped, so that what returns starts from zero with no moments.
-            self.host.mask(name, stays)
-            self.host.mask(name, fresh)
+            self._hold(name, stays)
+            self._hold(name, fresh)
         self.recount()
 
     def densify(self) -> None:
