@@ -64,6 +64,20 @@ ROWS: dict[str, tuple[str, ...]] = {
     "adamw_8bit": ("adamw_8bit(block_size=64)",),
     "galore": ("galore(rank=4, update_every=2)",),
     "apollo": ("apollo(rank=4, update_every=2)", "apollo(variant='mini', update_every=2)"),
+    "spdf": (
+        "spdf(sparsity=0.6)",
+        "spdf(sparsity=0.4, distribution='erk', until=0.5, exclude=('k_proj',))",
+        "spdf(sparsity=0.5, init='magnitude')",
+    ),
+    "dynamic_sparsity": (
+        "dynamic_sparsity(sparsity=0.5, every=1, stop=1.0)",
+        "dynamic_sparsity(rule='set', sparsity=0.5, every=2, distribution='erk')",
+    ),
+    "gradual_pruning": (
+        "gradual_pruning(every=1, start=0.0, end=0.8)",
+        "gradual_pruning(final_sparsity=0.6, every=1, shape='cubic', scope='layer', unit='steps')",
+        "gradual_pruning(every=1, structure='2:4', score='random', shape='linear', end=1.0)",
+    ),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }

@@ -27,6 +27,7 @@ from . import (
     replicate,
     report,
     run,
+    study,
 )
 from .errors import complain
 
@@ -74,6 +75,7 @@ def build_app() -> typer.Typer:
         (_RUN, "run", run.run),
         (_RUN, "compare", compare.compare),
         (_RUN, "replicate", replicate.replicate),
+        (_RUN, "study", study.study),
         (_RUN, "fit", fit.fit),
         (_RUN, "probe", probe.probe),
         (_USE, "evaluate", predict.evaluate),

@@ -43,7 +43,10 @@ class Watcher:
         """After an evaluation of one split."""
 
     def may_stop(self, step: Step) -> bool:
-        """False while stopping early would break the method's schedule."""
+        """False while stopping early would break the method's schedule.
+
+        Until then no evaluation counts for the best weights either.
+        """
         return True
 
     def close(self) -> None:

@@ -108,6 +108,9 @@ class Keeper:
     def _evaluated(self, step: Step) -> bool:
         metrics = self.assembly.loop.evaluating("validation", lambda: self.measure("validation"))
         self.log.log({f"validation/{k}": v for k, v in metrics.items()}, step.index)
+        # A model that some schedule has not finished with is no candidate.
+        if not self.assembly.loop.may_stop(step):
+            return False
         value = metrics[self.metric]
         if self.best is None or (value > self.best if self.higher else value < self.best):
             self.best, self.since_best = value, 0
@@ -119,7 +122,7 @@ class Keeper:
         else:
             self.since_best += 1
         patience = self.recipe.evaluate.patience
-        return bool(patience and self.since_best >= patience and self.assembly.loop.may_stop(step))
+        return bool(patience and self.since_best >= patience)
 
     def measure(self, split: str) -> dict[str, float]:
         """Metrics of one split; costs are not charged."""
