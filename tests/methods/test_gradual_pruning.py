@@ -173,11 +173,17 @@ def test_a_dead_layer_is_refused():
         kit.trained(stage)
 
 
-@pytest.mark.parametrize("budget", ["1e9flops", "5seconds"])
-def test_budgets_that_name_no_steps_are_refused(budget):
-    for spec in ("gradual_pruning", "dynamic_sparsity"):
-        with pytest.raises(ConfigError, match=f"{spec} places its events"):
-            kit.stage(kit.recipe("llama", [spec], budget=budget))
+@pytest.mark.parametrize(
+    ("spec", "budget"),
+    [
+        ("gradual_pruning", "5seconds"),
+        ("dynamic_sparsity", "1e9flops"),
+        ("dynamic_sparsity", "5seconds"),
+    ],
+)
+def test_budgets_that_name_no_steps_are_refused(spec, budget):
+    with pytest.raises(ConfigError, match=f"{spec} places its events"):
+        kit.stage(kit.recipe("llama", [spec], budget=budget))
 
 
 def test_the_best_weights_are_sparse_ones(tmp_path):
@@ -194,3 +200,32 @@ def test_the_best_weights_are_sparse_ones(tmp_path):
         assert bool((found["parameters"][name][~mask["keep"]] == 0).all())
     assert result.meter["final_density"] == pytest.approx(0.5, abs=1e-3)
     assert result.meter["steps"] >= len(GradualPruning(every=1, end=0.7).plan(8))
+
+
+@pytest.mark.parametrize("shape", ["geometric", "cubic", "linear"])
+def test_progress_under_a_budget_in_flops(shape):
+    method = GradualPruning(final_sparsity=0.8, shape=shape, start=0.25, end=0.75)
+    # What the fall has cost after each thousandth of its steps, by plain summing.
+    costs = [method.density((i + 0.5) / 1000) for i in range(1000)]
+    for steps in (1, 130, 500, 999):
+        spent = 0.25 + 0.5 * sum(costs[:steps]) / sum(costs)
+        assert method.progress(spent, True) == pytest.approx(steps / 1000, abs=2e-6)
+    assert [method.progress(x, True) for x in (0.0, 0.25, 0.75, 1.0)] == [0, 0, 1, 1]
+    first, last = method.window()
+    assert method.progress((first + last) / 2, False) == pytest.approx(0.5)
+
+
+def test_a_run_with_a_budget_in_effective_flops(tmp_path):
+    recipe = kit.recipe("llama", ["gradual_pruning(final_sparsity=0.8, every=1)"])
+    dense = outlay.run(recipe.changed({"methods": [], "budget": "4steps"}), out=tmp_path, threads=1)
+    budget = 8 * dense.meter["effective_flops"]
+    recipe = recipe.changed({"budget": f"{budget}effective_flops"})
+    result = outlay.run(recipe, out=tmp_path, threads=1)
+    assert result.meter["final_density"] == pytest.approx(0.2, abs=1e-3)
+    assert budget <= result.meter["effective_flops"] < 1.1 * budget
+    assert result.meter["flops"] > result.meter["effective_flops"]
+    assert result.meter["steps"] > 8 * 4, "sparse steps cost less, so there are more of them"
+    with pytest.raises(ConfigError, match="unit='compute'"):
+        outlay.run(
+            recipe.changed({"methods": ["gradual_pruning(unit='steps')"]}), out=tmp_path, threads=1
+        )

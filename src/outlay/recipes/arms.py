@@ -73,6 +73,21 @@ SUGGESTIONS: dict[str, Suggestion] = {
         {"optimizer.lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
         "",
     ),
+    "pretrain-lm": Suggestion(
+        (
+            "dense=full @ optimizer.lr=3e-3",
+            "low rank=low_rank(rank=64) @ optimizer.lr=3e-3",
+            "sltrain=sltrain(rank=64, density=0.03) @ optimizer.lr=3e-3",
+            "galore=galore(rank=64) @ optimizer.lr=1e-2",
+            "apollo=apollo(rank=64) @ optimizer.lr=1e-2",
+            "spdf=spdf(sparsity=0.75) @ optimizer.lr=3e-3",
+            "gradual pruning=gradual_pruning(final_sparsity=0.6, every=10) @ optimizer.lr=3e-3",
+            "loss weights=loss_weights @ optimizer.lr=3e-3",
+            "ul2=ul2 @ optimizer.lr=3e-3",
+        ),
+        {"optimizer.lr": (1e-3, 3e-3, 1e-2, 3e-2)},
+        "Learning rates were not tuned here; they are the papers' own, or the dense model's.",
+    ),
     "digits-vit": Suggestion(
         ("all weights=full", "last block=full(layers_to_transform=(-1,))", "head=probe")
     ),

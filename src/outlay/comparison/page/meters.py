@@ -37,6 +37,17 @@ METERS = {
     "flops": MeterText(
         "FLOPs", "flops", "Floating-point operations of the whole run; a multiply-add counts 2."
     ),
+    "effective_flops": MeterText(
+        "Effective FLOPs",
+        "flops",
+        "FLOPs without entries that a mask holds at zero and without forming dense matrices: what "
+        "hardware that skips zeros would do. Ordinary hardware executes the FLOPs beside it.",
+    ),
+    "dense_flops": MeterText(
+        "Dense-equivalent FLOPs",
+        "flops",
+        "FLOPs of plain dense layers in the place of sparse and low-rank ones.",
+    ),
     "seconds": MeterText("Time", "seconds", "Wall-clock time of the run on this machine."),
     "peak_bytes": MeterText("Peak memory", "bytes", "Largest amount of memory held at once."),
     "adapter_bytes": MeterText(
@@ -108,6 +119,10 @@ def meter_means(data: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for name, amounts in data["arm_meters"].items():
         for key, amount in amounts.items():
             sums.setdefault(key, {})[name] = [amount]
+    # Where all work is dense, the three counts are one.
+    for kind in ("effective_flops", "dense_flops"):
+        if sums.get(kind) == sums.get("flops"):
+            sums.pop(kind, None)
     known = [key for key in METERS if sums.get(key)]
     extra = sorted(key for key in sums if key not in METERS and sums[key])
     return {

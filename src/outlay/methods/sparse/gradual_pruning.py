@@ -116,14 +116,14 @@ class GradualPruning(OnStep):
         average = a + (b - a) * mean + (1 - b) * d
         return a / average, (b - a) / average, (1 - b) / average
 
-    def _mean(self) -> float:
-        """Mean density of the fall."""
+    def _mean(self, progress: float = 1.0) -> float:
+        """Mean density of the fall up to a share of it above 0."""
         d = 1 - self.final_sparsity
         if self.shape == "linear":
-            return (1 + d) / 2
+            return 1 - (1 - d) * progress / 2
         if self.shape == "cubic":
-            return d + (1 - d) / 4
-        return (1 - d) / -math.log(d) if d < 1 else 1.0
+            return d + (1 - d) * (1 - (1 - progress) ** 4) / (4 * progress)
+        return (1 - d**progress) / -(progress * math.log(d)) if d < 1 else 1.0
 
     def density(self, progress: float) -> float:
         """Density at a share of the fall."""
@@ -133,6 +133,24 @@ class GradualPruning(OnStep):
         if self.shape == "cubic":
             return d + (1 - d) * (1 - progress) ** 3
         return d**progress
+
+    def progress(self, spent: float, effective: bool) -> float:
+        """Share of the fall that is over, in steps, when a share of the budget is spent.
+
+        Args:
+            spent: Share of the FLOPs.
+            effective: They are effective ones, so that a sparse step costs its density.
+        """
+        first, last = (self.start, self.end) if effective else self.window()
+        share = min(1.0, max(0.0, (spent - first) / (last - first)))
+        if not effective or share in (0.0, 1.0):
+            return share
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            cost = middle * self._mean(middle) / self._mean()
+            low, high = (middle, high) if cost < share else (low, middle)
+        return low
 
     def plan(self, total_steps: int) -> list[tuple[int, float]]:
         """Events as (steps taken before it, density from then on); the last one is exact."""
@@ -163,10 +181,21 @@ class GradualPruning(OnStep):
     def watch(self, live: Live) -> MaskWatcher:
         """Prunes at the events of `plan`.
 
+        Under a budget in FLOPs the shares are of that budget, the whole model's FLOPs, and there is
+        an event every `every` steps of the fall.
+
         Raises:
-            ConfigError: If the budget does not say how many steps there will be.
+            ConfigError: If the budget says neither how many steps nor how much compute there is.
         """
-        return _Pruner(self, live)
+        unit = live.context.budget.unit
+        if unit == "effective_flops" and self.unit == "steps" and self.final_sparsity:
+            raise ConfigError(
+                "gradual_pruning.unit = 'steps' and a budget in effective_flops: the steps are not "
+                "known beforehand",
+                "use unit='compute', or a budget in steps or tokens",
+            )
+        by_share = unit in ("flops", "effective_flops")
+        return _PrunerByShare(self, live) if by_share else _Pruner(self, live)
 
 
 class _Pruner(MaskWatcher):
@@ -225,3 +254,55 @@ class _Pruner(MaskWatcher):
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
         self.done = int(state["done"])
+
+
+class _PrunerByShare(MaskWatcher):
+    """Tightens the masks as a budget in FLOPs is spent, whose number of steps is not known."""
+
+    def __init__(self, method: GradualPruning, live: Live) -> None:
+        super().__init__(live, prunable_in(live, method.exclude, method.head), method.card.name)
+        self.method, self.last = method, -method.every
+        self.over = method.final_sparsity == 0
+
+    def start(self) -> None:
+        """An event before the first step."""
+        self._prune(0)
+
+    def due(self, step: Step) -> None:
+        """Events before the next step."""
+        self._prune(step.index + 1)
+
+    def _prune(self, taken: int) -> None:
+        context, method = self.live.context, self.method
+        spent = context.meter.share(context.budget)
+        progress = method.progress(spent, context.budget.unit == "effective_flops")
+        if self.over or not (progress == 1 or (progress > 0 and taken - self.last >= method.every)):
+            return
+        self.last, self.over = taken, progress == 1
+        self.masks.prune(
+            method.density(progress), scope=method.scope, score=method.score,
+            structure=method.structure, draw=str(taken),
+        )  # fmt: skip
+
+    def may_stop(self, step: Step) -> bool:
+        """Only at the final density."""
+        return self.over
+
+    def close(self) -> None:
+        """The last event, where the budget ended in the step before it."""
+        if self.steps and not self.over and self.method.end == 1:
+            self.over = True
+            self.masks.prune(
+                self.method.density(1.0), scope=self.method.scope, score=self.method.score,
+                structure=self.method.structure, draw="end",
+            )  # fmt: skip
+        super().close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, the step of the last event and whether all are over."""
+        return super().state_dict() | {"last": self.last, "over": self.over}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        super().load_state_dict(state)
+        self.last, self.over = int(state["last"]), bool(state["over"])
