@@ -44,6 +44,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
         "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
+    "classp": (
+        "classp(threshold=1e-5)",
+        "classp(p=2, threshold='quantile:0.5')",
+        "classp(p=2, threshold=0.5, mode='tensor_any')",
+    ),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }

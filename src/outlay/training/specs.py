@@ -148,16 +148,16 @@ class OptimizerSpec(Spec):
     """The update rule.
 
     Attributes:
-        name: "adamw" or "sgd".
+        name: "adamw", "sgd" or "adagrad".
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; with adagrad it joins the gradient, as torch has it.
         betas: AdamW's moment decays, or (momentum, ignored) for sgd.
-        eps: AdamW's epsilon.
+        eps: AdamW's or AdaGrad's epsilon, outside the root.
         clip: Largest gradient norm; None does not clip.
         head_lr_factor: Learning rate of the task's head over that of the rest.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
