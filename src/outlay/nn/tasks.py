@@ -24,3 +24,8 @@ def task_of_step(pool: Any, step: int, name: str) -> int:
             "give the recipe data.tasks, or leave the setting out",
         )
     return pool.task_of_step(step)
+
+
+def seen_examples(pool: Any, task: int) -> list[Any]:
+    """The examples of a task that were trained on, each once, in the order of first sight."""
+    return [pool.examples[index] for index in pool.seen_of(task)]

@@ -1,4 +1,4 @@
-"""CLASSP as a torch optimizer: small gradients are skipped, and weights that moved much slow down."""
+"""CLASSP as a torch optimizer: small gradients are skipped, much moved weights slow down."""
 
 from __future__ import annotations
 

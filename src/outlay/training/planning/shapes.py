@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ...core.losses import Batch
 from ...core.method import Context, OnBatch, Step
-from ..assemble import expected_steps
+from ..assemble import expected_steps, pool_of
 from ..backend import batch_key
 from ..data.batch import Drawer
-from ..data.pool import Pool
 from ..materials import Materials
 from ..recipe import Recipe
 
@@ -36,7 +35,7 @@ class Shape:
 def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
     """Micro-batch shapes of the first steps, in the run's own order."""
     context = Context(budget=recipe.budget, seed=recipe.seed, tokenizer=materials.tokenizer)
-    pool = Pool(materials.train, recipe.seed)
+    pool = pool_of(recipe, materials.train)
     context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool)
     spec = recipe.batch.model_copy(update={"prefetch": 0})
     methods = [m for m in recipe.methods if isinstance(m, OnBatch)]
