@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from conformance import settings
 from torch import Tensor, nn
 
 from outlay.core.meter import Flops, FlopTable, Meter
@@ -68,6 +69,10 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
         data = {
             "path": str(folder() / "pairs.jsonl"), "prompt": "prompt", "completion": "completion",
         }  # fmt: skip
+    if settings.needs_tasks(methods):
+        path = data.pop("path")
+        # The second of three steps begins the second task: its last one is pulled back.
+        data["tasks"] = [{"path": path, "name": "one"}, {"path": path, "name": "two", "weight": 2}]
     model = {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0} | facts["model"]
     fields = {
         "task": facts["task"],

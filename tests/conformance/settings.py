@@ -6,6 +6,9 @@ A method of the registry without a row here fails a test; a row brings every che
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from outlay.core import registry
 
 ROWS: dict[str, tuple[str, ...]] = {
     "adalora": (
@@ -49,6 +52,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "classp(p=2, threshold='quantile:0.5')",
         "classp(p=2, threshold=0.5, mode='tensor_any')",
     ),
+    "ewc": (
+        "ewc(samples=3)",
+        "ewc(samples=3, fisher='empirical', online=True, decay=0.5)",
+    ),
+    "l2_anchor": ("l2_anchor(strength=5.0)", "l2_anchor(anchor='initial', strength=5.0)"),
+    "replay": ("replay(size=5, share=0.5)",),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
@@ -58,6 +67,15 @@ MOVES_AT_START: frozenset[str] = frozenset()
 
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
+
+# Methods that follow tasks in sequence: their recipes have two.
+OF_TASKS = frozenset({"ewc", "l2_anchor", "replay"})
+
+
+def needs_tasks(methods: Sequence[Any]) -> bool:
+    """True if one of the methods does nothing without a change of task."""
+    return any(registry.build(method).card.name in OF_TASKS for method in methods)
+
 
 # Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
 # first, and the size at equal ranks, which pay the same price, for the second.
