@@ -61,7 +61,10 @@ def folder() -> Path:
 
 
 def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
-    """A small recipe; `model` entries are merged, everything else is the recipe's own field."""
+    """A small recipe; `model` entries are merged, everything else is the recipe's own field.
+
+    `tasks` makes two tasks of the data; by default where one of the methods follows tasks.
+    """
     facts = SHAPES[shape]
     labeled = facts["task"] == "sequence-classification"
     data = {"path": str(folder() / "rows.jsonl"), "text": "text", "label": "label"}
@@ -69,7 +72,7 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
         data = {
             "path": str(folder() / "pairs.jsonl"), "prompt": "prompt", "completion": "completion",
         }  # fmt: skip
-    if settings.needs_tasks(methods):
+    if more.pop("tasks", settings.needs_tasks(methods)):
         path = data.pop("path")
         # The second of three steps begins the second task: its last one is pulled back.
         data["tasks"] = [{"path": path, "name": "one"}, {"path": path, "name": "two", "weight": 2}]

@@ -240,7 +240,7 @@ def test_the_published_class_with_p_1_is_the_rule_without_a_threshold():
     assert torch.equal(ours[0], theirs[0])
 
 
-# ---- as a torch optimizer --------------------------------------------------------------------------
+# ---- as a torch optimizer ------------------------------------------------------------------------
 
 
 def test_one_by_one_and_together_give_the_same_bits():
@@ -310,7 +310,7 @@ def test_saturation_and_consolidation():
     before = optimizer.state[some[0]]["accumulator"].clone()
     optimizer.consolidate(0.25)
     assert torch.equal(optimizer.state[some[0]]["accumulator"], before * 0.25)
-    with pytest.raises(ConfigError, match="decay = 1.5"):
+    with pytest.raises(ConfigError, match=r"decay = 1\.5"):
         optimizer.consolidate(1.5)
 
 
@@ -358,7 +358,7 @@ def test_what_it_refuses():
         CLASSPOptimizer(table.parameters()).step()
 
 
-# ---- in a run --------------------------------------------------------------------------------------
+# ---- in a run ------------------------------------------------------------------------------------
 
 
 def test_the_run_uses_it_and_shows_how_much_moved():

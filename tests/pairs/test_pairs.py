@@ -17,7 +17,7 @@ from outlay.core.method import Method
 # itself.
 ROWS = settings.representatives()
 PAIRS = list(itertools.combinations_with_replacement(ROWS, 2))
-_OUTCOMES: dict[tuple[str, ...], Any] = {}
+_OUTCOMES: dict[tuple[Any, ...], Any] = {}
 
 
 def meets(first: Method, second: Method) -> bool:
@@ -40,11 +40,11 @@ def named(spec: str, name: str) -> Method:
     return registry.construct(type(method), {**method.settings(), "adapter_name": name})
 
 
-def outcome(*methods: Method) -> Any:
+def outcome(*methods: Method, tasks: bool) -> Any:
     """Logits after three steps, with the trained weights in place."""
-    key = tuple(method.spec() for method in methods)
+    key = (tasks, *(method.spec() for method in methods))
     if key not in _OUTCOMES:
-        stage = kit.stage(kit.recipe(methods=methods, precision="float64"))
+        stage = kit.stage(kit.recipe(methods=methods, precision="float64", tasks=tasks))
         batch = kit.inputs(kit.trained(stage))
         _OUTCOMES[key] = kit.logits(stage.model, batch)
         kit.close(kit.logits(stage.exported(), batch), _OUTCOMES[key], 1e-10, "the export")
@@ -52,15 +52,16 @@ def outcome(*methods: Method) -> Any:
 
 
 def check(first: Method, second: Method) -> None:
+    tasks = settings.needs_tasks((first, second))
     try:
-        together = outcome(first, second)
+        together = outcome(first, second, tasks=tasks)
     except Conflict as refusal:
         for method in (first, second):
             assert repr(method.card.name) in refusal.problem, refusal.problem
         assert refusal.remedy and refusal.exit_code == 3
         return
     for left in (first, second):
-        gap = float((together - outcome(left)).abs().max())
+        gap = float((together - outcome(left, tasks=tasks)).abs().max())
         gone = second if left is first else first
         assert gap > 1e-9, f"without {gone.spec()} nothing changes"
 
