@@ -106,7 +106,8 @@ def test_without_decay_it_is_plain_descent_and_the_accumulator_grows():
         peer.step()
         total += ours[0].grad.abs() ** 3
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-15, atol=1e-15)
-    torch.testing.assert_close(optimizer.state[ours[0]]["accumulator"], total, rtol=1e-13, atol=0)
+    found = optimizer.state[ours[0]]["accumulator"]
+    torch.testing.assert_close(found, total + 1e-5, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
@@ -309,7 +310,9 @@ def test_saturation_and_consolidation():
     assert found == pytest.approx({0.0: roots[0], 0.5: roots[50], 1.0: roots[100]}, rel=1e-6)
     before = optimizer.state[some[0]]["accumulator"].clone()
     optimizer.consolidate(0.25)
-    assert torch.equal(optimizer.state[some[0]]["accumulator"], before * 0.25)
+    torch.testing.assert_close(
+        optimizer.state[some[0]]["accumulator"], 1e-4 + 0.25 * (before - 1e-4), rtol=1e-12, atol=0
+    )
     with pytest.raises(ConfigError, match=r"decay = 1\.5"):
         optimizer.consolidate(1.5)
 

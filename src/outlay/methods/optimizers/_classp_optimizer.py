@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from ...core.errors import ConfigError, NonFinite
 
@@ -39,10 +40,10 @@ def quantile_of(threshold: float | str) -> float | None:
 class CLASSPOptimizer(torch.optim.Optimizer):
     """Adjustment suppression and sparsity promotion. arXiv 2405.09637, its algorithm and equation.
 
-    For each element w with gradient g and accumulator A, which starts at 0: if g^2 > threshold,
+    For each element w with gradient g and accumulator A, which starts at eps: if g^2 > threshold,
 
         A <- A + |g|^p
-        w <- w - lr * g / (eps + A)^(1/p)     (w - lr * g without `apply_decay`)
+        w <- w - lr * g / A^(1/p)     (w - lr * g without `apply_decay`)
 
     and otherwise neither w nor A changes. A is added to before the division, as in the paper's
     pseudo-code; its equation sums up to the step before, which would make the first step
@@ -59,7 +60,7 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             `"quantile:LEVEL"`, the LEVEL quantile of g^2 within each tensor (ours: it does not
             depend on batch size or loss reduction).
         p: Power of the accumulator.
-        eps: Keeps the division finite.
+        eps: What the accumulators start from; it keeps the division finite.
         apply_decay: Divide by the accumulator; it grows in either case.
         weight_decay: Decoupled, applied to every element whatever the threshold says; 0 in the
             paper.
@@ -102,7 +103,6 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             )
         self.mode, self.foreach, self.nonfinite = mode, foreach, nonfinite
         self.skipped_steps = 0
-        self._moved: list[tuple[list[Tensor], int]] = []
         settings = {
             "lr": lr, "threshold": threshold, "p": p, "eps": eps, "apply_decay": apply_decay,
             "weight_decay": weight_decay, "maximize": maximize,
@@ -143,16 +143,15 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             [parameter for parameter in group["params"] if parameter.grad is not None]
             for group in self.param_groups
         ]
-        if not self._usable([p.grad for some in members for p in some if p.grad is not None]):
-            return loss
-        first = self.param_groups[0]
-        self._moved = [
-            self._update(some, first if self.mode == "tensor_any" else group)
-            for group, some in zip(self.param_groups, members, strict=True)
-        ]
+        if self._usable([p.grad for some in members for p in some if p.grad is not None]):
+            for group, some in zip(self.param_groups, members, strict=True):
+                self._update(some, self._settings_of(group))
         return loss
 
-    def _usable(self, gradients: Sequence[Tensor]) -> bool:
+    def _settings_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return self.param_groups[0] if self.mode == "tensor_any" else group
+
+    def _usable(self, gradients: list[Tensor]) -> bool:
         if any(gradient.is_sparse for gradient in gradients):
             raise ConfigError("CLASSP has no rule for sparse gradients", "use dense embeddings")
         if self.nonfinite == "unchecked" or not gradients:
@@ -168,29 +167,19 @@ class CLASSPOptimizer(torch.optim.Optimizer):
         self.skipped_steps += 1
         return False
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> tuple[list[Tensor], int]:
-        """Move parameters by one group's settings; counts of moved elements, and of all."""
-        moved: list[Tensor] = []
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Move parameters by one group's settings."""
         for weights in self._parted(parameters):
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            gates = self._gates(gradients, group["threshold"])
-            if gates is None:
-                moved += [gradient.count_nonzero() for gradient in gradients]
-            else:
-                moved += [gate.sum(dtype=torch.float32) for gate in gates]
-                torch._foreach_mul_(gates, gradients)
-                gradients = gates
-            sums = [self._accumulator(weight) for weight in weights]
-            spare = _accumulate(sums, gradients, 1.0 if self.mode == "tensor_any" else group["p"])
+            gradients = self._gated(weights, group["threshold"])
+            sums = [self._accumulator(weight, group["eps"]) for weight in weights]
+            _accumulate(sums, gradients, 1.0 if self.mode == "tensor_any" else group["p"])
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] if group["maximize"] else -group["lr"]
             if group["apply_decay"]:
-                roots = _roots(sums, group["eps"], group["p"], spare)
-                torch._foreach_addcdiv_(weights, gradients, roots, value=rate)
+                torch._foreach_addcdiv_(weights, gradients, _roots(sums, group["p"]), value=rate)
             else:
                 torch._foreach_add_(weights, gradients, alpha=rate)
-        return moved, sum(parameter.numel() for parameter in parameters)
 
     def _parted(self, parameters: list[Tensor]) -> list[list[Tensor]]:
         """What is updated together: all of one device and type, or each alone."""
@@ -203,48 +192,54 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             parts.setdefault(key, []).append(parameter)
         return list(parts.values())
 
-    def _accumulator(self, parameter: Tensor) -> Tensor:
+    def _accumulator(self, parameter: Tensor, eps: float) -> Tensor:
         state = self.state[parameter]
         if not state:
-            state["accumulator"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["accumulator"] = torch.full_like(
+                parameter, eps, memory_format=torch.preserve_format
+            )
         return state["accumulator"]
 
-    def _gates(self, gradients: Sequence[Tensor], threshold: float | str) -> list[Tensor] | None:
-        """1 for each element that may move, 0 for the others; None if all may."""
-        if self.mode == "tensor_any":
-            return [torch.ones_like(g) * ((g * g).any() > threshold) for g in gradients]
+    def _gated(self, parameters: list[Tensor], threshold: float | str) -> list[Tensor]:
+        """Gradients with 0 where an element may not move, which then changes nothing."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
         level = quantile_of(threshold)
         if level is not None:
             return [_above_quantile(gradient, level) for gradient in gradients]
-        if threshold == 0:
-            return None  # where g = 0 the rule changes nothing anyway
-        if threshold == math.inf:
-            return [torch.zeros_like(gradient) for gradient in gradients]
-        # The sign of g^2 - threshold is exact, and the comparison stays on lists of tensors.
-        gates = torch._foreach_mul(gradients, gradients)
-        torch._foreach_sub_(gates, float(threshold))
-        torch._foreach_clamp_min_(gates, 0.0)
-        torch._foreach_sign_(gates)
-        return list(gates)
+        limit = float(threshold)
+        if self.mode == "tensor_any":
+            return [gradient * ((gradient**2).any() > limit) for gradient in gradients]
+        if limit == 0:
+            return gradients
+        # One pass a tensor: new memory and passes over it are what a step costs.
+        return [hardshrink(gradient, math.sqrt(limit)) for gradient in gradients]
 
     # ---- looking at it -------------------------------------------------------------------------
 
+    @torch.no_grad()
     def update_density(self, group: int | None = None) -> float:
-        """Share of elements that moved in the last step, of those that had a gradient.
+        """Share of elements that the gradients which are there let move.
+
+        Ask after `step` and before `zero_grad`. Nothing is counted in a step itself.
 
         Args:
             group: Index of one parameter group; all of them by default.
 
         Returns:
-            A share; NaN if no step was taken yet.
+            A share of the elements that have a gradient; NaN if none has.
         """
-        parts = self._moved if group is None else self._moved[group : group + 1]
-        total = sum(count for _, count in parts)
-        moved = sum(float(amount) for amounts, _ in parts for amount in amounts)
+        groups = self.param_groups if group is None else [self.param_groups[group]]
+        moved = total = 0
+        for each in groups:
+            threshold = self._settings_of(each)["threshold"]
+            for parameter in each["params"]:
+                if parameter.grad is not None:
+                    moved += int(self._gated([parameter], threshold)[0].count_nonzero())
+                    total += parameter.numel()
         return moved / total if total else math.nan
 
     def saturation(self, levels: Iterable[float] = (0.05, 0.5, 0.95)) -> dict[float, float]:
-        """Quantiles, over all elements, of what gradients are divided by: (eps + A)^(1/p).
+        """Quantiles, over all elements, of what gradients are divided by: A^(1/p).
 
         Args:
             levels: In [0, 1].
@@ -253,7 +248,7 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             By level; empty before the first step.
         """
         roots = [
-            _roots([state["accumulator"]], group["eps"], group["p"])[0].flatten().float().cpu()
+            _roots([state["accumulator"]], group["p"])[0].flatten().float().cpu()
             for group in self.param_groups
             for parameter in group["params"]
             if (state := self.state.get(parameter))
@@ -265,52 +260,39 @@ class CLASSPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def consolidate(self, decay: float) -> None:
-        """Give plasticity back: A <- decay * A. Ours; the paper's accumulators only grow.
+        """Give plasticity back: A <- eps + decay * (A - eps). Ours; the paper's A only grows.
 
         Args:
             decay: In [0, 1]; 1 changes nothing, 0 forgets every earlier update.
         """
         if not 0 <= decay <= 1:
             raise ConfigError(f"decay = {decay} is not allowed", "give a number from 0 to 1")
-        for state in self.state.values():
-            state["accumulator"].mul_(decay)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if state := self.state.get(parameter):
+                    state["accumulator"].mul_(decay).add_((1 - decay) * group["eps"])
 
 
-def _accumulate(
-    sums: list[Tensor], gradients: Sequence[Tensor], power: float
-) -> list[Tensor] | None:
-    """Add |g|^power; gives back a buffer that is free now, since new memory is what costs."""
+def _accumulate(sums: list[Tensor], gradients: list[Tensor], power: float) -> None:
     if power == 2:
         torch._foreach_addcmul_(sums, gradients, gradients)
-        return None
-    sizes = list(torch._foreach_abs(gradients))
+        return
+    sizes = torch._foreach_abs(gradients)
     if power != 1:
         torch._foreach_pow_(sizes, power)
     torch._foreach_add_(sums, sizes)
-    return sizes
 
 
-def _roots(
-    sums: list[Tensor], eps: float, power: float, spare: list[Tensor] | None = None
-) -> list[Tensor]:
-    """(eps + A)^(1/p), in `spare` if there is one."""
-    if spare is None or spare[0].dtype != sums[0].dtype:
-        found = list(torch._foreach_add(sums, eps))
-    else:
-        found = spare
-        torch._foreach_copy_(found, sums)
-        torch._foreach_add_(found, eps)
-    if power == 2:
-        torch._foreach_sqrt_(found)
-    elif power != 1:
-        torch._foreach_pow_(found, 1 / power)
-    return found
+def _roots(sums: list[Tensor], power: float) -> list[Tensor]:
+    if power == 1:
+        return sums
+    return list(torch._foreach_sqrt(sums) if power == 2 else torch._foreach_pow(sums, 1 / power))
 
 
 def _above_quantile(gradient: Tensor, level: float) -> Tensor:
-    """1 where g^2 is above the quantile of its tensor: a share `level` of the elements stays."""
+    """The gradient where g^2 is above the quantile of its tensor, so that a share `level` stays."""
     squares = gradient.square()
     held = int(level * squares.numel())
     if held == 0:
-        return torch.ones_like(gradient)
-    return (squares > squares.flatten().kthvalue(held).values).to(gradient.dtype)
+        return gradient
+    return gradient * (squares > squares.flatten().kthvalue(held).values)
