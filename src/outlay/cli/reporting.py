@@ -43,6 +43,8 @@ def read_result(folder: Path) -> Result:
 
 def curves(result: Result) -> dict[str, list[list[Any]]]:
     """Curves by name: points of step, tokens, FLOPs, seconds and value."""
+    from ..comparison.page.heat_map import ENTRY
+
     found: dict[str, list[list[Any]]] = {}
     place: list[Any] = [None, None, None]
     for line in result.curves:
@@ -50,7 +52,8 @@ def curves(result: Result) -> dict[str, list[list[Any]]]:
             place = [line[key] for key in _COUNTED]
         for key, value in line.items():
             plain = isinstance(value, (int, float)) and key not in ("step", "lr", *_COUNTED)
-            if plain and key not in ("examples",):
+            # An entry of the matrix of tasks is one number and no curve.
+            if plain and key not in ("examples",) and not ENTRY.fullmatch(key):
                 found.setdefault(key, []).append([line["step"], *place, value])
     return found
 

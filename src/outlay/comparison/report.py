@@ -23,6 +23,7 @@ from markupsafe import Markup
 from .formats import MISSING, counted, listed, significant
 from .page import charts
 from .page.curves import drawn_curves
+from .page.heat_map import matrices_of
 from .page.meters import meter_means, meter_text, varies
 from .page.records import markdown, write_points, write_runs
 from .page.report_data import ReportData, completed
@@ -117,6 +118,7 @@ def _page(
     return _environment().get_template("report.html").render(
         data=whole, tables=tables, names=names, numbers={n: i for i, n in enumerate(names)},
         groups=group_letters(whole), arms=sorted_arms(whole), costs=costs,
+        matrices=[Markup(figure) for figure in matrices_of(whole)],
         forest=_forest_figures(whole), curves=drawn, lines=charts.lines(drawn, charts.WIDE),
         equal=[
             {"label": text.label, "explanation": text.explanation, "key": key,

@@ -7,7 +7,7 @@ checkpoint holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .context import Context
+from .context import Context, Example
 from .errors import ConfigError, Conflict, nearest
-from .losses import Batch, Objective
+from .losses import Batch, Losses, Objective
 from .manifest import PREFIX, manifest, origins_of, rebuild
 from .still import has_statistics, hold, release
 from .surgery import edit, moved_state
@@ -54,6 +54,12 @@ class Engine(Protocol):
         self, batches: list[Batch], terms: Iterable[str] | None
     ) -> dict[str, dict[str, Tensor]]:
         """Gradients of each reduced term."""
+        ...
+
+    def pass_over(
+        self, name: str, examples: Sequence[Example], use: Callable[[Losses], None]
+    ) -> None:
+        """Forward passes of one example each."""
         ...
 
     def all_sum(self, tensor: Tensor) -> Tensor:
@@ -363,6 +369,22 @@ class Live:
                 "there are no gradients outside a run", "ask for them in a watcher's moments"
             )
         return self.engine.term_gradients(batches, terms)
+
+    def pass_over(
+        self, name: str, examples: Sequence[Example], use: Callable[[Losses], None]
+    ) -> None:
+        """Call the objective on one example at a time, in evaluation mode and with gradients.
+
+        Modes, running statistics and generators come back as they were.
+
+        Args:
+            name: What the passes are charged as, with what `use` computes.
+            examples: Of the pool; shown and transformed as in training.
+            use: Takes the losses of each, and must not keep them.
+        """
+        if self.engine is None:
+            raise ConfigError("no run is in progress", "call this from a watcher's moments")
+        self.engine.pass_over(name, examples, use)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Names are known without importing what a recipe needs.
 _HOMES = {
     "digits-cnn": "digits_cnn",
+    "digits-then-fashion": "digits_then_fashion",
     "digits-vit": "digits_vit",
     "glass-lm": "glass_lm",
     "pretrain-lm": "pretrain_lm",

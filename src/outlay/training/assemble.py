@@ -33,6 +33,7 @@ from ..core.method import (
 from .backend import OneDevice
 from .data.batch import Drawer, padded, presented
 from .data.pool import Pool
+from .data.tasks import TaskPool, first_steps
 from .frozen import PrefixStore, freeze_for, frozen_prefix
 from .gradients import Gradients
 from .loop import Loop
@@ -111,6 +112,21 @@ def expected_steps(budget: Budget, batch_size: int, pool: Pool, task: str = "") 
         mean = sum(lengths) / len(lengths) if len(lengths) else 1.0
         return max(1, math.ceil(budget.amount / (mean * batch_size)))
     return None
+
+
+def pool_of(recipe: Recipe, train: Sequence[Example]) -> Pool:
+    """The training examples in a seeded order, or one task after the other.
+
+    Raises:
+        ConfigError: If the budget leaves a task without a step.
+    """
+    pool = Pool(train, recipe.seed)
+    if not getattr(recipe.data, "tasks", ()):
+        return pool
+    steps = expected_steps(recipe.budget, recipe.batch.size, pool)
+    assert steps is not None, "recipes with data.tasks have budgets in steps or examples"
+    weights = [task.weight for task in recipe.data.in_sequence()]
+    return TaskPool(train, recipe.seed, first_steps(weights, steps), recipe.batch.size)
 
 
 def adapt(
@@ -199,7 +215,7 @@ def assemble(
         kept=kept if kept is not None else {},
     )
     check(methods, None if any(isinstance(m, OnModel) for m in methods) else model)
-    chosen: Pool = Pool(train, recipe.seed) if pool is None else pool
+    chosen: Pool = pool_of(recipe, train) if pool is None else pool
     for method in methods:
         if isinstance(method, OnData):
             context.pool = chosen

@@ -20,7 +20,8 @@ FORMULAS = {
     "final": "accuracy on the rows of all tasks after the last one",
     "average_incremental": "mean over t of the accuracy after task t on the rows of tasks up to t",
     "backward_transfer": "mean over j < T of R[T, j] - R[j, j]",
-    "forgetting": "mean over j < T of max over j <= t < T of R[t, j], less R[T, j]",
+    "forgetting": "mean over j < T of max over j <= t < T of R[t, j], less R[T, j]; of a loss, the "
+    "rise from its minimum",
 }
 
 
@@ -47,11 +48,13 @@ class TaskMatrix:
         names: Tasks, in order.
         values: NaN where task j has no meaning yet. Shape (T, T).
         rows: Held-out rows of each task. Shape (T,).
+        higher: False if R is a loss, of which less is better.
     """
 
     names: tuple[str, ...]
     values: np.ndarray
     rows: np.ndarray
+    higher: bool = True
 
     @property
     def after_each_task(self) -> np.ndarray:
@@ -80,12 +83,13 @@ class TaskMatrix:
 
     @property
     def forgetting(self) -> float | None:
-        """Mean fall of a task's accuracy from its best before the end; None for T = 1."""
+        """Mean loss of a task's worth from its best before the end; None for T = 1."""
         if len(self.names) < 2:
             return None
         last = len(self.names) - 1
-        best = [self.values[j:last, j].max() for j in range(last)]
-        return float(np.mean(np.array(best) - self.values[-1, :-1]))
+        worth = self.values if self.higher else -self.values
+        best = [worth[j:last, j].max() for j in range(last)]
+        return float(np.mean(np.array(best) - worth[-1, :-1]))
 
     def metrics(self) -> dict[str, float | None]:
         """All of them by name; `FORMULAS` says what each is."""

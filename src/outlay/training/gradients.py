@@ -148,6 +148,22 @@ class Gradients:
                 stack.enter_context(method.bind(self.live.model, batch))
             yield
 
+    def pass_over(
+        self, name: str, batches: Iterable[Batch], step: Step, use: Callable[[Losses], None]
+    ) -> None:
+        """Call the objective in evaluation mode on each batch, charged as `name` with `use`."""
+        live = self.live
+        with self.phase(live.phase):
+            for module in (*live.model.modules(), *live.objective.modules()):
+                module.training = False
+            for batch in batches:
+
+                def work(batch: Batch = batch) -> None:
+                    use(self._forward(batch, step))
+
+                _, flops = self._counted(("over", name, batch_key(batch)), work)
+                live.context.meter.charge(name, **flops.named(), passes=1)
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Passes beside the training step: modes, running statistics and generators come back."""

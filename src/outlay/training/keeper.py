@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ..core.budget import Budget
 from ..core.errors import CheckpointError
+from ..core.losses import Batch
 from ..core.meter import Meter
 from ..core.method import Step
 from . import checkpoint
 from .assemble import Assembly
-from .evaluate import evaluate, main_metric
+from .data.tasks import TaskPool
+from .evaluate import Evaluation, evaluate, main_metric
 from .log import Log
 from .models.tokens import token_bytes
+from .sequence import TaskRecord
 
 SAVE_SECONDS = 60.0  # between checkpoints where the recipe names no steps
 _SAVE_SHARE = 0.02  # of the time, at most, goes into them
@@ -76,6 +79,11 @@ class Keeper:
         assembly.loop.marks = checkpoint.buffer_marks(assembly.model, assembly.objective)
         self.metric, self.higher = main_metric(self.recipe.task, self.recipe.evaluate.metric)
         self.items: dict[str, dict[str, list[Any]]] = {}
+        self.tasks: TaskRecord | None = None
+        if isinstance(assembly.live.pool, TaskPool):
+            names = [str(task.name) for task in self.recipe.data.in_sequence()]
+            splits = {s: assembly.splits[s] for s in self.recipe.evaluate.splits}
+            self.tasks = TaskRecord(names, self.metric, self.higher, splits)
         of_tokens = self.recipe.task in ("causal-language-modeling", "sequence-to-sequence")
         self._bytes = token_bytes(assembly.tokenizer) if of_tokens else None
 
@@ -93,6 +101,8 @@ class Keeper:
         every, taken = self.recipe.every, step.index + 1
         over = self.meter.spent(self.recipe.budget) >= self.recipe.budget.amount
         stop = False
+        if self.tasks is not None and taken in self.assembly.live.pool.starts:
+            self._measure_tasks(self.tasks, step)
         if every.evaluate and (taken % every.evaluate == 0 or over):
             stop = self.stopped = self._evaluated(step)
         stop = stop or self.asked_to_stop()
@@ -124,30 +134,41 @@ class Keeper:
         patience = self.recipe.evaluate.patience
         return bool(patience and self.since_best >= patience)
 
+    def _measure_tasks(self, record: TaskRecord, step: Step) -> None:
+        """A task ended: what every task is worth now. Neither charged nor told to watchers."""
+        with self.assembly.loop.gradients.phase("evaluation"):
+            for split, parts in record.examples.items():
+                batches = map(self.assembly.batches_of, parts)
+                values = [self._evaluation(some).metrics[self.metric] for some in batches]
+                self.log.log(record.add(split, values), step.index)
+
     def measure(self, split: str) -> dict[str, float]:
         """Metrics of one split; costs are not charged."""
+        found = self._evaluation(self.assembly.batches(split))
+        self.items[split] = found.table
+        return found.metrics
+
+    def _evaluation(self, batches: Iterable[Batch]) -> Evaluation:
         assembly = self.assembly
-        source = assembly.objective.export_source(assembly.model)
-        found = evaluate(
-            source,
+        return evaluate(
+            assembly.objective.export_source(assembly.model),
             assembly.plain,
-            assembly.batches(split),
+            batches,
             self.recipe.task,
             self.labels,
             around=assembly.loop.gradients.bound,
             token_bytes=self._bytes,
         )
-        self.items[split] = found.table
-        return found.metrics
 
     def measure_all(self) -> dict[str, float]:
-        """Metrics of every split that the recipe names, as `split/metric`."""
-        return {
+        """Metrics of every split that the recipe names, as `split/metric`; then those of tasks."""
+        found = {
             f"{split}/{name}": value
             for split in self.recipe.evaluate.splits
             if self.assembly.splits.get(split)
             for name, value in self.measure(split).items()
         }
+        return found if self.tasks is None else found | self.tasks.metrics()
 
     def finish(self) -> None:
         """Put the best weights in place if the recipe keeps them."""
@@ -174,6 +195,7 @@ class Keeper:
                 "value": self.best, "weights": self.best_weights, "since": self.since_best,
                 "stopped": self.stopped,
             },
+            "tasks": {} if self.tasks is None else self.tasks.state_dict(),
             "threads": torch.get_num_threads(),
             "device": self.assembly.loop.backend.device.type,
         }  # fmt: skip
@@ -200,6 +222,8 @@ class Keeper:
         assembly.loop.drawer.start_from(tree["drawer"]["consumed"], tree["drawer"]["counts"])
         for watcher, state in zip(assembly.watchers, tree["watchers"], strict=True):
             watcher.load_state_dict(state)
+        if self.tasks is not None:
+            self.tasks.load_state_dict(tree["tasks"])
         best = tree["best"]
         self.best, self.best_weights = best["value"], dict(best["weights"])
         self.since_best = best["since"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..core.errors import NonFinite
 from ..core.live import Live
-from ..core.losses import Batch
+from ..core.losses import Batch, Losses
 from ..core.meter import Meter
-from ..core.method import Step, Watcher, seed_of
+from ..core.method import Example, Step, Watcher, seed_of
 from .backend import OneDevice
 from .data.batch import Drawer, example_count, token_count
 from .diagnose import refuse_non_finite
@@ -286,6 +286,17 @@ class Loop:
     ) -> dict[str, dict[str, Tensor]]:
         """Gradients of each reduced term over a whole step, for `Live`."""
         return self.gradients.term_gradients(batches, terms)
+
+    def pass_over(
+        self, name: str, examples: Sequence[Example], use: Callable[[Losses], None]
+    ) -> None:
+        """Passes of one example each, for `Live`."""
+        meter = self.live.context.meter
+        step = Step(int(meter.totals["steps"]), meter.share(self.live.context.budget),
+                    self.live.context.seed)  # fmt: skip
+        self.gradients.pass_over(
+            name, map(self.backend.place, self.drawer.one_by_one(examples, step)), step, use
+        )
 
 
 def _has(parameter: nn.Parameter) -> bool:

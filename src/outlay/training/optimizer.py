@@ -129,7 +129,23 @@ def _default(
 ) -> torch.optim.Optimizer:
     if spec.name == "sgd":
         return torch.optim.SGD(list(groups), lr=spec.lr, momentum=spec.betas[0])
+    if spec.name == "adagrad":
+        return _Adagrad(list(groups), lr=spec.lr, eps=spec.eps)
     return torch.optim.AdamW(list(groups), lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+class _Adagrad(torch.optim.Adagrad):
+    """Torch's makes its state once, before the first step; here parameters may come later."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "sum": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    }
+        return super().step(closure)
 
 
 def schedule_of(spec: ScheduleSpec, methods: Sequence[Method], context: Context) -> Schedule:

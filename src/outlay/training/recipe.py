@@ -30,6 +30,7 @@ from .specs import (
     Spec,
     StageSpec,
     Task,
+    TaskSpec,
 )
 
 
@@ -111,6 +112,17 @@ class Recipe(Spec):
             raise ValueError(f"cap = {self.cap} must be in {' or '.join(CAPS)}")
         if self.evaluate.patience and not self.every.evaluate:
             raise ValueError("evaluate.patience needs every.evaluate")
+        if getattr(self.data, "tasks", ()):
+            if self.budget.unit not in ("steps", "examples"):
+                raise ValueError(
+                    f"budget = {self.budget} cannot be parted among data.tasks beforehand; "
+                    "give steps or examples"
+                )
+            if self.evaluate.patience or self.evaluate.keep_best:
+                raise ValueError(
+                    "evaluate.patience and keep_best look for one best moment, which a sequence "
+                    "of data.tasks has not"
+                )
         if self.batch.packing and self.task != "causal-language-modeling":
             raise ValueError(f"batch.packing is for causal-language-modeling, not {self.task}")
         if self.batch.packing and getattr(self.model, "cache_frozen", False):
@@ -263,6 +275,9 @@ def _anchored(fields: dict[Any, Any], base: Path) -> dict[Any, Any]:
             fields[part] = absolute(value)
         elif isinstance(value, dict):
             fields[part] = {k: absolute(v) if k in names else v for k, v in value.items()}
+            if isinstance(value.get("tasks"), list):
+                tasks = [_anchored({"data": task}, base)["data"] for task in value["tasks"]]
+                fields[part]["tasks"] = tasks
     tokenizer = fields["model"].get("tokenizer") if isinstance(fields.get("model"), dict) else None
     if isinstance(tokenizer, str) and (base / tokenizer).is_dir():
         fields["model"]["tokenizer"] = absolute(tokenizer)
@@ -311,6 +326,7 @@ def _known(root: type[BaseModel], path: list[str]) -> list[str]:
     parts = {
         "model": ModelSpec, "data": DataSpec, "optimizer": OptimizerSpec, "schedule": ScheduleSpec,
         "batch": BatchSpec, "every": EverySpec, "evaluate": EvaluateSpec, "stages": StageSpec,
+        "tasks": TaskSpec,
     }  # fmt: skip
     kind = root
     for part in path:

@@ -252,6 +252,7 @@ def _compare_for_resume(folder: Path, recipe: Recipe) -> None:
     changed = [d for d in differences(old, recipe.resolved()) if d != "note"]
     if changed == ["budget"] and recipe.schedule.name == "constant":
         scheduled = [m.card.name for m in recipe.methods if isinstance(m, OnStep)]
+        scheduled += [task.name for task in getattr(recipe.data, "tasks", ())]
         before = Budget.parse(old["budget"])
         longer = before.unit == recipe.budget.unit and recipe.budget.amount >= before.amount
         if longer and not scheduled:

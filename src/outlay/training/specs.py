@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -35,6 +36,12 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
     )
+
+
+# Only what a task itself names: the rest it takes from the specification around it.
+_AS_GIVEN = PlainSerializer(
+    lambda tasks: [task.model_dump(exclude_unset=True) for task in tasks], return_type=list
+)
 
 
 class ModelSpec(Spec):
@@ -89,7 +96,7 @@ class ModelSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Which data: exactly one of `path` and `asset`; columns by name.
+    """Which data: exactly one of `path`, `asset` and `tasks`; columns by name.
 
     Attributes:
         path: JSONL, CSV, Parquet or plain text file, or a `datasets` folder.
@@ -113,6 +120,8 @@ class DataSpec(Spec):
         blocks: Join the documents of a split and domain, each ended by the end-of-text token, and
             cut them into full rows of `batch.length` tokens. For causal language modeling on text.
         class_weights: "balanced", or a weight for each class name.
+        tasks: Tasks learned one after the other in one stage, under one optimizer. What a task does
+            not name it takes from here. The label space is that of all of them.
     """
 
     path: str | None = None
@@ -135,29 +144,71 @@ class DataSpec(Spec):
     deduplicate: bool = False
     blocks: bool = False
     class_weights: Literal["balanced"] | dict[str, float] | None = None
+    tasks: Annotated[tuple[TaskSpec, ...], _AS_GIVEN] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
         given = [k for k in ("path", "asset") if getattr(self, k) is not None]
+        given += ["tasks"] if self.tasks else []
         if len(given) != 1:
-            raise ValueError(f"give exactly one of path and asset, not {given or 'none'}")
+            raise ValueError(f"give exactly one of path, asset and tasks, not {given or 'none'}")
+        if not self.tasks:
+            return self
+        if self.validation or self.test:
+            raise ValueError("with tasks, validation and test are named by each task")
+        if self.blocks or self.class_weights:
+            raise ValueError("blocks and class_weights do not go with tasks")
+        names = [task.name for task in self.in_sequence()]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"give at least two tasks with names of their own, not {names}")
         return self
+
+    def in_sequence(self) -> tuple[TaskSpec, ...]:
+        """The tasks in order, each with its name and everything that it takes from here."""
+        shared = {k: getattr(self, k) for k in self.model_fields_set - {"tasks"}}
+        found = []
+        for task in self.tasks:
+            own = {k: getattr(task, k) for k in task.model_fields_set}
+            name = task.name or task.asset or Path(str(task.path)).stem
+            found.append(TaskSpec(**{**shared, **own, "name": name}))
+        return tuple(found)
+
+
+class TaskSpec(DataSpec):
+    """One task of a sequence: data, a name, and its part of the budget.
+
+    Attributes:
+        name: What it is called in metrics; the asset's or the file's name by default.
+        weight: Its part of the steps, over the sum of all weights.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[^/]+$")] | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _no_tasks_inside(self) -> TaskSpec:
+        if self.tasks:
+            raise ValueError("a task holds no tasks of its own")
+        return self
+
+
+DataSpec.model_rebuild()
 
 
 class OptimizerSpec(Spec):
     """The update rule.
 
     Attributes:
-        name: "adamw" or "sgd".
+        name: "adamw", "sgd" or "adagrad".
         lr: Peak learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; with adagrad it joins the gradient, as torch has it.
         betas: AdamW's moment decays, or (momentum, ignored) for sgd.
-        eps: AdamW's epsilon.
+        eps: AdamW's or AdaGrad's epsilon, outside the root.
         clip: Largest gradient norm; None does not clip.
         head_lr_factor: Learning rate of the task's head over that of the rest.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from .axes import clipped
+from .heat_map import heat_map
 
 _WIDE = 920
 _MARKS = ("circle", "square", "diamond", "triangle", "cross")
@@ -135,7 +135,12 @@ def _protocol(streams: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) ->
         numbers=tuple(range(1, len(names) + 1)),
     )  # fmt: skip
     maps = "".join(
-        _heat_map(name, result["matrix"], streams[0]["tasks"])
+        heat_map(
+            f"{name}, first order: accuracy on each task (columns) after each task (rows).",
+            result["matrix"],
+            streams[0]["tasks"],
+            _percent,
+        )
         for name, result in streams[0]["learners"].items()
     )
     return (
@@ -192,33 +197,6 @@ def _mark(number: int, x: float, y: float) -> str:
     }[shape]
     points = " ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)
     return f'<polygon class="mark" points="{points}"/>'
-
-
-def _heat_map(name: str, matrix: Sequence[Sequence[float | None]], tasks: Sequence[str]) -> str:
-    """R[t, j]: a row after each task, a column a task."""
-    cell, left, top = 84, 150, 34
-    drawn = [f'<text x="{left + cell * (j + 0.5)}" y="{top - 10}" text-anchor="middle">'
-             f"{_e(clipped(task, cell - 6))}</text>" for j, task in enumerate(tasks)]  # fmt: skip
-    for t, row in enumerate(matrix):
-        middle = top + 30 * t + 19
-        label = clipped(f"after {tasks[t]}", left - 12)
-        drawn.append(f'<text x="{left - 10}" y="{middle}" text-anchor="end">{_e(label)}</text>')
-        for j, value in enumerate(row):
-            if value is None:
-                continue
-            where = (
-                f'x="{left + cell * j + 1}" y="{top + 30 * t + 1}" width="{cell - 2}" height="28"'
-            )
-            ink = "var(--paper)" if value > 0.55 else "var(--ink)"
-            drawn.append(
-                f'<rect {where} fill="var(--accent)" fill-opacity="{max(0.04, value):.3f}"/>'
-                f'<text x="{left + cell * (j + 0.5)}" y="{middle}" text-anchor="middle" '
-                f'style="fill: {ink}">{_percent(value)}</text>'
-            )
-    width, height = left + cell * len(tasks) + 8, top + 30 * len(tasks) + 6
-    caption = f"{name}, first order: accuracy on each task (columns) after each task (rows)."
-    size = f'viewBox="0 0 {width} {height}" style="width: {width}px"'
-    return _figure(size, "".join(drawn), caption)
 
 
 def _head_figure(heads: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +40,7 @@ def padded(
         "domains": tuple(example.get("domain", "") for example in examples),
     }
     for key in examples[0]:
-        if key in ("id", "domain", "visit", "clean", "row"):
+        if key in ("id", "domain", "task", "visit", "clean", "row"):
             continue
         if any(key not in example for example in examples):
             raise DataError(
@@ -196,6 +196,11 @@ class Drawer:
         drawn = self._make(step) if self._worker is None else self._from_ahead(step)
         self.consumed, self.counts = drawn.after, drawn.counts
         return drawn.batches
+
+    def one_by_one(self, examples: Iterable[Example], step: Step) -> Iterator[Batch]:
+        """Batches of one example each, as training shows them; nothing is drawn from the pool."""
+        for example in examples:
+            yield self._laid_out([self._transform(example, step)], step)
 
     def _from_ahead(self, step: Step) -> Drawn:
         assert self._worker is not None

@@ -13,9 +13,10 @@ from ...core.errors import ConfigError, DataError, nearest
 from ..specs import DataSpec
 from .columns import CLASSES, Columns, Row, find_columns, rows_of
 from .encode import encode
-from .labels import Labels
+from .labels import Labels, sorted_names
 from .readers import SPLIT_NAMES, Table, read_splits, read_table, table_of
 from .splits import content, rows_fingerprint, strata, stratified
+from .tasks import load_tasks
 
 __all__ = ["Splits", "encode", "load", "load_rows"]
 
@@ -73,6 +74,8 @@ def load(
         ConfigError: If shares or class weights are impossible.
         MissingAsset: If a packaged data set is not installed.
     """
+    if isinstance(spec, DataSpec) and spec.tasks:
+        return Splits(**load_tasks(spec, task, load, base))
     if isinstance(spec, DataSpec):
         tables, sources = _tables(spec, base)
     else:
@@ -246,14 +249,6 @@ def _share_out(
         sources[split] = f"{count:,} rows of the training data, seed {spec.split_seed}"
 
 
-def _sorted_names(names: set[str]) -> tuple[str, ...]:
-    """Whole numbers by value, anything else by spelling."""
-    try:
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    except ValueError:
-        return tuple(sorted(names))
-
-
 def _labels(
     found: dict[str, list[Row]], tables: dict[str, Table], spec: DataSpec, task: str,
     columns: Columns,
@@ -266,9 +261,9 @@ def _labels(
     elif task == "multi-label-classification" and not columns.listed:
         names = tuple(sorted(columns.labels))
     elif task == "multi-label-classification":
-        names = _sorted_names({name for row in train for name in row["label"]})
+        names = sorted_names({name for row in train for name in row["label"]})
     else:
-        names = _sorted_names({row["label"] for row in train})
+        names = sorted_names({row["label"] for row in train})
     few = 2 if task in CLASSES else 1
     if task not in _LANGUAGE and len(names) < few:
         raise DataError(

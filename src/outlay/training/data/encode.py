@@ -71,7 +71,7 @@ def encode(
 
 
 def _identity(row: Row) -> Example:
-    return {"id": row["id"], "domain": row["domain"]}
+    return {key: row[key] for key in ("id", "domain", "task") if key in row}
 
 
 def _target(row: Row, task: str, labels: Labels) -> Example:

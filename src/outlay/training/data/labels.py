@@ -45,3 +45,11 @@ class Labels:
     def label2id(self) -> dict[str, int]:
         """Logit of each name."""
         return {name: index for index, name in enumerate(self.names)}
+
+
+def sorted_names(names: set[str]) -> tuple[str, ...]:
+    """Whole numbers by value, anything else by spelling."""
+    try:
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    except ValueError:
+        return tuple(sorted(names))

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ...core.losses import Batch
 from ...core.method import Context, OnBatch, Step
-from ..assemble import expected_steps
+from ..assemble import expected_steps, pool_of
 from ..backend import batch_key
 from ..data.batch import Drawer
-from ..data.pool import Pool
 from ..materials import Materials
 from ..recipe import Recipe
 
@@ -42,7 +41,7 @@ def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
         task=recipe.task,
         length=recipe.batch.length,
     )
-    pool = Pool(materials.train, recipe.seed)
+    pool = pool_of(recipe, materials.train)
     context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool, recipe.task)
     spec = recipe.batch.model_copy(update={"prefetch": 0})
     methods = [m for m in recipe.methods if isinstance(m, OnBatch)]

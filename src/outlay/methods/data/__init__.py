@@ -1,0 +1,1 @@
+"""Which training examples are seen, and when."""
