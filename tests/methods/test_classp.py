@@ -13,6 +13,7 @@ from torch import nn
 from outlay import CLASSP, CLASSPOptimizer
 from outlay.core import registry
 from outlay.core.errors import ConfigError, Conflict, NonFinite
+from outlay.training.planning.plan import plan
 
 
 def weights(*shapes, dtype=torch.float64, seed=0):
@@ -374,6 +375,12 @@ def test_the_run_uses_it_and_shows_how_much_moved():
     stage.loop.on_step = lambda step, values: logged.append(values)
     kit.trained(stage)
     assert all(0 < values["update_density"] < 1 for values in logged) and len(logged) == 3
+
+
+def test_a_plan_counts_one_tensor_a_weight():
+    planned = plan(kit.recipe(methods=["classp(threshold=1e-5)"]), device="cpu")
+    assert planned.memory_bytes["optimizer"] == 4 * planned.params["trainable"]
+    assert not any("not counted" in note for note in planned.notes)
 
 
 def test_a_threshold_that_blocks_everything_is_said(recwarn):

@@ -19,6 +19,7 @@ from outlay.core.method import Step, Watcher
 from outlay.training.continual import TaskMatrix
 from outlay.training.data.dataset import load
 from outlay.training.data.tasks import TaskPool, first_steps
+from outlay.training.finished import open_run
 from outlay.training.planning.plan import plan
 from outlay.training.recipe import Recipe
 from outlay.training.sequence import TaskRecord
@@ -294,6 +295,15 @@ def test_killed_in_each_task_it_goes_on_to_the_bit(tmp_path, prefetch):
     )  # fmt: skip
     whole = check(recipe, tmp_path, (1, 2, 4), (2,), (6, 1))
     assert len([k for k in whole.metrics if k.startswith("test/accuracy after")]) == 9
+
+
+def test_a_finished_run_opens_with_and_without_its_rows(tmp_path):
+    recipe = kit.recipe(methods=["ewc(samples=2)", "classp(decay_from_task=1)"], tasks=True)
+    result = outlay.run(recipe, out=tmp_path)
+    found = open_run(result.folder).evaluate(["test"])
+    assert found["test/accuracy"] == result.metrics["test/accuracy"]
+    (row,) = open_run(result.folder, rows=False).predict([{"text": "apple pear"}])
+    assert row["prediction"] in "abc"
 
 
 def test_a_longer_budget_moves_the_tasks_and_is_refused(tmp_path):

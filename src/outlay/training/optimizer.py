@@ -137,6 +137,8 @@ def _default(
 class _Adagrad(torch.optim.Adagrad):
     """Torch's makes its state once, before the first step; here parameters may come later."""
 
+    moments = 1
+
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:

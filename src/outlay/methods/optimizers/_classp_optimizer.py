@@ -73,12 +73,15 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             `skipped_steps`, "raise" refuses it, "unchecked" saves the check.
 
     Attributes:
+        moments: Tensors of state a weight.
         skipped_steps: Steps left out because a gradient was not finite.
 
     Raises:
         ConfigError: A setting out of range, complex parameters, or sparse gradients.
         NonFinite: A gradient is not finite and `nonfinite` is "raise".
     """
+
+    moments = 1
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...core.card import Card
 from ...core.errors import ConfigError
@@ -93,6 +94,8 @@ class _Watcher(Watcher):
     def __init__(self, method: CLASSP, live: Live) -> None:
         self.method, self.live = method, live
         self.still_steps = 0
+        # Gradients of a plan have shapes and no values.
+        self.planned = isinstance(next(live.model.parameters()), FakeTensor)
         self.scheduled = bool(method.decay_from_task or method.threshold_from_task)
         if self.scheduled:
             task_of_step(live.pool, 0, method.card.name)  # refused now, not at the first step
@@ -116,8 +119,10 @@ class _Watcher(Watcher):
 
     def after_update(self, step: Step) -> None:
         """The share of elements that moved, beside the loss."""
+        if self.planned:
+            return
         densities = [optimizer.update_density() for optimizer in self._optimizers()]
-        density = sum(densities) / len(densities)
+        density = sum(densities) / max(1, len(densities))
         self.live.context.show("update_density", density)
         self.still_steps = 0 if density > 0 else self.still_steps + 1
         if self.still_steps == _STILL_STEPS:

@@ -245,3 +245,7 @@ class NoPool(Pool):
 
     def __init__(self) -> None:
         super().__init__(())
+
+    def task_of_step(self, step: int) -> int:
+        """The first one: methods that follow tasks are put together and never step."""
+        return 0
