@@ -398,7 +398,11 @@ class Live:
 
     @torch.no_grad()
     def after_update(self, name: str, parameter: nn.Parameter) -> None:
-        """Enforce the mask of one parameter on its value and its optimizer state."""
+        """Enforce the mask of one parameter on its value and its optimizer state.
+
+        State of entries that are held goes to rest: to zero, or to what the optimizer's
+        `resting(group)` names for it (an accumulator that is divided by does not start at zero).
+        """
         mask = self.masks.get(name)
         if mask is None:
             return
@@ -408,9 +412,14 @@ class Live:
         else:
             parameter.mul_(mask.keep)
         slot = self.slot(parameter)
-        for value in (slot[0].state.get(parameter, {}) if slot else {}).values():
+        if slot is None:
+            return
+        optimizer, group, _ = slot
+        resting = getattr(optimizer, "resting", None)
+        rest = resting(group) if callable(resting) else {}
+        for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.mul_(mask.keep)
+                value.masked_fill_(~mask.keep, rest.get(key, 0.0))
 
     def manifest(self) -> dict[str, Any]:
         """Structure as JSON, from which `rebuild` makes it again."""

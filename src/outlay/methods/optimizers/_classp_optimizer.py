@@ -203,6 +203,10 @@ class CLASSPOptimizer(torch.optim.Optimizer):
             )
         return state["accumulator"]
 
+    def resting(self, group: dict[str, Any]) -> dict[str, float]:
+        """What state of entries that a mask holds goes to: an accumulator is divided by."""
+        return {"accumulator": group["eps"]}
+
     def _gated(self, parameters: list[Tensor], threshold: float | str) -> list[Tensor]:
         """Gradients with 0 where an element may not move, which then changes nothing."""
         gradients = [p.grad for p in parameters if p.grad is not None]
