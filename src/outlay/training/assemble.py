@@ -32,6 +32,7 @@ from ..core.method import (
 )
 from .backend import OneDevice
 from .data.batch import Drawer, padded, presented
+from .data.columns import Row
 from .data.pool import Pool
 from .frozen import PrefixStore, freeze_for, frozen_prefix
 from .gradients import Gradients
@@ -146,6 +147,7 @@ def assemble(
     tokenizer: Any,
     objective: Callable[[set[str]], Objective],
     train: Sequence[Example],
+    rows: Sequence[Row] = (),
     splits: dict[str, Sequence[Example]],
     meter: Meter,
     backend: OneDevice,
@@ -165,6 +167,7 @@ def assemble(
         tokenizer: The run's tokenizer.
         objective: Makes the task's objective, given the outputs that methods asked for.
         train: Encoded training examples.
+        rows: The rows behind them.
         splits: Encoded evaluation examples.
         meter: The run's meter.
         backend: The machine.
@@ -192,7 +195,7 @@ def assemble(
         kept=kept if kept is not None else {},
     )
     check(methods, None if any(isinstance(m, OnModel) for m in methods) else model)
-    chosen: Pool = Pool(train, recipe.seed) if pool is None else pool
+    chosen: Pool = Pool(train, recipe.seed, rows=rows) if pool is None else pool
     for method in methods:
         if isinstance(method, OnData):
             context.pool = chosen
