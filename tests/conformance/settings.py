@@ -6,6 +6,9 @@ A method of the registry without a row here fails a test; a row brings every che
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+_TARGET = str(Path(__file__).with_name("target.jsonl"))
 
 ROWS: dict[str, tuple[str, ...]] = {
     "adalora": (
@@ -44,6 +47,19 @@ ROWS: dict[str, tuple[str, ...]] = {
         "loss_weights(curve='quadratic', scope='micro', warmup_steps=1)",
         "loss_weights(curve='extremes', loss_range='quantile', warmup_temperature=9.0)",
     ),
+    "random_selection": (
+        "random_selection(keep=0.5)",
+        "random_selection(keep=0.4, unit='documents', inverse=True, seed=3)",
+    ),
+    "quality_filters": (
+        "quality_filters(words=('salt', 'fig'), twin='random')",
+        "quality_filters(words=('salt', 'fig'), inverse=True)",
+    ),
+    "linear_selection": (
+        f"linear_selection(target={_TARGET!r}, keep=0.5, bits=10)",
+        f"linear_selection(target={_TARGET!r}, keep=0.5, bits=10, twin='length')",
+    ),
+    "decontamination": (f"decontamination(against={_TARGET!r}, n=8)",),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
@@ -53,6 +69,14 @@ MOVES_AT_START: frozenset[str] = frozenset()
 
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
+
+# Methods that choose examples: fewer rows are another choice.
+CHOOSE: frozenset[str] = frozenset(
+    {"random_selection", "quality_filters", "linear_selection", "decontamination"}
+)
+
+# Rows that find nothing on texts as short as these.
+IDLE: frozenset[str] = frozenset(ROWS["decontamination"])
 
 # Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
 # first, and the size at equal ranks, which pay the same price, for the second.

@@ -53,7 +53,7 @@ class Dated:
         return kept
 
 
-def _day(dates: NDArray[np.str_]) -> NDArray[np.str_]:
+def _day(dates: NDArray[Any]) -> NDArray[Any]:
     """Years and months as their first day."""
     lengths = np.char.str_len(dates)
     return np.char.add(dates, np.where(lengths == 4, "-01-01", np.where(lengths == 7, "-01", "")))

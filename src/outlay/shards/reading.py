@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..core.errors import DataError
 from .sets import Fields, Shard
@@ -225,7 +225,7 @@ def _json_lines(shard: Shard, row_limit: int) -> Iterator[tuple[int, Mapping[str
                 yield line, _parsed(data)
 
 
-def _skip_line(stream: BinaryIO, piece: int) -> None:
+def _skip_line(stream: Any, piece: int) -> None:
     while (data := stream.readline(piece)) and not data.endswith(b"\n"):
         pass
 
@@ -268,9 +268,9 @@ class _Zstd(io.RawIOBase):
         return len(data)
 
 
-def _stream(path: Path) -> BinaryIO:
+def _stream(path: Path) -> Any:
     if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.name.lower().endswith(".zst"):
         return io.BufferedReader(_Zstd(path), 1 << 20)
     return path.open("rb", buffering=1 << 20)

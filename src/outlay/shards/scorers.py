@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,26 +26,33 @@ from .words import content_of, words_of
 Scores = NDArray[np.float32]
 
 
-class Scorer(Protocol):
-    """Gives texts numbers and lives in a folder."""
+class Scorer(ABC):
+    """Gives texts numbers and lives in a folder.
+
+    Attributes:
+        column: The property that a high value means.
+    """
+
+    kind: ClassVar[str]
+    column: str
 
     @property
-    def column(self) -> str:
-        """The property that a high value means."""
-        ...
-
-    @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when any score would."""
-        ...
 
+    @abstractmethod
     def score(self, texts: Sequence[str]) -> Scores:
         """One value in [0, 1] a text. Shape (texts,)."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write safetensors and JSON."""
-        ...
+        """Write JSON, and safetensors where there are arrays."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, folder: Path, facts: dict[str, Any]) -> Scorer:
+        """What `save` wrote; `facts` are its JSON."""
 
 
 def _write(folder: Path, facts: dict[str, Any], arrays: dict[str, Any] | None = None) -> None:
@@ -82,7 +90,7 @@ def load_scorer(folder: Path, column: str | None = None) -> Scorer:
 
 
 @dataclass(frozen=True, eq=False)
-class HashedLinear:
+class HashedLinear(Scorer):
     """Logistic regression on hashed runs of words.
 
     A text's features are its words and runs of up to `ngrams` words, hashed into `2^bits` places;
@@ -151,7 +159,7 @@ class HashedLinear:
         """Logarithm of the number of places."""
         return len(self.weights).bit_length() - 1
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when any score would."""
         content = hashlib.blake2b(self.weights.tobytes(), digest_size=16).hexdigest()
@@ -210,7 +218,7 @@ def _matrix(texts: Sequence[str], ngrams: int, bits: int) -> Any:
 
 
 @dataclass(frozen=True)
-class WordList:
+class WordList(Scorer):
     """Share of a text's words that stand on a list: whole words, normalized and case-folded.
 
     Attributes:
@@ -228,7 +236,7 @@ class WordList:
         lengths = {len(run) for run in runs if run}
         return {n: frozenset(run for run in runs if len(run) == n) for n in lengths}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when any score would."""
         return digest(self.kind, self.column, sorted(self.words))
@@ -257,7 +265,7 @@ class WordList:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Scorer):
     """1 for a text that shares a run of `n` words with reference texts, else 0.
 
     With `n = 0` whole texts are compared. Exact on words: runs are compared as 128-bit hashes of
@@ -279,7 +287,7 @@ class Overlap:
         """With the runs of reference texts."""
         return cls(column, n, frozenset(run for text in references for run in _runs(text, n)))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when any score would."""
         content = hashlib.blake2b(b"".join(sorted(self.runs)), digest_size=16).hexdigest()
@@ -319,7 +327,7 @@ def _runs(text: str, n: int) -> Iterable[bytes]:
 
 
 @dataclass(frozen=True)
-class Profanity:
+class Profanity(Scorer):
     """Probability of offensive language by alt-profanity-check's bundled linear model (English)."""
 
     kind: ClassVar[str] = "profanity"
@@ -355,6 +363,7 @@ def _predict_profanity() -> Callable[[list[str]], Any]:
 
 
 _LABEL = "__label__"
+_FASTTEXT_BITS = 18
 # Packages that install a module of this name and overwrite each other's files.
 _FASTTEXTS = ("fasttext-numpy2-wheel", "fasttext-numpy2", "fasttext-wheel", "fasttext",
               "fasttext-predict")  # fmt: skip
@@ -394,7 +403,7 @@ def fasttext_module(training: bool = False) -> Any:
 
 
 @dataclass(frozen=True)
-class FastText:
+class FastText(Scorer):
     """A supervised fastText model; ours has the labels 1 (with the property) and 0.
 
     Attributes:
@@ -422,8 +431,15 @@ class FastText:
         """Train on one thread, so that the same texts give the same model, and write it.
 
         Raises:
-            DataError: If a class is empty.
+            ConfigError: If there are too few features for fastText to start from.
+            DataError: If a class is empty, or the training broke down.
         """
+        # On one thread fastText 0.9.2 sets a tenth of its matrix and leaves the rest as the memory
+        # was. A matrix of 64 MB comes from fresh pages, which are zero; a small one does not.
+        if bits < _FASTTEXT_BITS:
+            raise ConfigError(
+                f"bits = {bits} is too few for fastText", f"give {_FASTTEXT_BITS} or more"
+            )
         module = fasttext_module(training=True)
         if not positive or not negative:
             raise DataError(
@@ -438,15 +454,21 @@ class FastText:
             with train.open("w", encoding="utf-8") as file:
                 for label, texts in (("1", positive), ("0", negative)):
                     file.writelines(f"{_LABEL}{label} {_one_line(text)}\n" for text in texts)
-            trained = module.train_supervised(
-                str(train), dim=64, wordNgrams=ngrams, bucket=1 << bits, epoch=5, minCount=5,
-                thread=1, verbose=0,
-            )  # fmt: skip
+            try:
+                trained = module.train_supervised(
+                    str(train), dim=64, wordNgrams=ngrams, bucket=1 << bits, epoch=5, minCount=5,
+                    thread=1, verbose=0,
+                )  # fmt: skip
+            except (RuntimeError, ValueError) as error:
+                raise DataError(
+                    f"fastText cannot learn {column!r} from these texts ({error})",
+                    "give more texts, or use the hashed backend",
+                ) from None
             trained.save_model(str(model))
             os.replace(model, path)
         return cls(column, path)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when any score would."""
         with self.path.open("rb") as file:

@@ -84,7 +84,7 @@ class Selecting:
 
 def columns_of(documents: Sequence[Any], pool: Any) -> tuple[dict[str, Any], list[str]]:
     """The columns of a side table, and the texts, of a pool's rows."""
-    texts = [_text(row) for row, _ in documents]
+    texts: list[str] = [_text(row) for row, _ in documents]
     lengths = getattr(pool.examples, "lengths", None)
 
     def tokens(index: int) -> int:
@@ -115,7 +115,7 @@ def _text(row: Any) -> str:
 def sampled(rows: Columns, texts: Sequence[str], count: int = SAMPLE) -> list[str]:
     """The texts whose ids hash lowest: a random sample that no order changes."""
     chosen = np.argsort(rows["key"], kind="stable")[:count]
-    return [texts[index][:SAMPLE_CHARACTERS] for index in chosen]
+    return [str(texts[index])[:SAMPLE_CHARACTERS] for index in chosen.tolist()]
 
 
 def texts_of(name: str, column: str = "text", what: str = "texts") -> list[str]:

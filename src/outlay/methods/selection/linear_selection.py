@@ -36,7 +36,7 @@ class LinearSelection(Selecting, OnData):
         unit: What the share counts: "tokens", "characters", "bytes" or "documents".
         target_column: Column of the target's texts.
         ngrams: Longest run of words that is a feature.
-        bits: Logarithm of the number of hashed features.
+        bits: Logarithm of the number of hashed features; at least 18 for fastText.
         backend: "hashed", our own; or "fasttext" (`outlay[fasttext]`).
         keep_targets: Keep documents that are target texts.
         allow_held_out: Allow a target that is named after a test or validation split.
@@ -78,6 +78,11 @@ class LinearSelection(Selecting, OnData):
             )
         if self.backend == "fasttext":
             fasttext_module(training=True)
+            if self.bits < 18:
+                raise ConfigError(
+                    f"{self.card.name}.bits = {self.bits} is too few for fastText",
+                    "give 18 or more",
+                )
 
     def files(self) -> tuple[str, ...]:
         """The target."""

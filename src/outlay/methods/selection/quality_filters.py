@@ -1,8 +1,8 @@
 """Cuts by toxicity, quality, age, domain and word list, each with its inverse and random twin.
 
-Longpre et al., arXiv:2305.13169 (NAACL 2024): what such cuts do to a model, measured. Scores follow
-the paper's direction: the column `low_quality` is near 0 for good text (section 3), `toxicity` near 1
-for toxic text, and a filter with threshold T drops the documents that score above T (figures 6, 7).
+Longpre et al., arXiv:2305.13169 (NAACL 2024): what such cuts do to a model, measured. Scores have
+the paper's direction: `low_quality` is near 0 for good text, `toxicity` near 1 for toxic text; a
+filter with threshold T drops the documents that score above T (figures 6 and 7).
 """
 
 from __future__ import annotations
