@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from outlay.core.meter import FlopTable, Meter
+from outlay.core.meter import Flops, FlopTable
 from outlay.core.method import OnBatch, Step, Watcher
 from outlay.training.assemble import Assembly
 from outlay.training.backend import OneDevice
@@ -84,8 +84,8 @@ def recipe(shape: str = "bert", methods: Any = (), **more: Any) -> Recipe:
 class Uncounted(FlopTable):
     """Counts nothing: the first meeting with a shape costs ten passes otherwise."""
 
-    def run(self, key: Any, function: Callable[[], Any], meter: Meter) -> tuple[Any, int]:
-        return function(), 0
+    def run(self, key: Any, function: Callable[[], Any], *_: Any) -> tuple[Any, Flops]:
+        return function(), Flops(0, 0, 0)
 
 
 _MATERIALS: dict[str, Materials] = {}
