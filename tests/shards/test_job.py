@@ -231,7 +231,8 @@ def test_every_row_is_counted_once_whatever_is_wrong_with_it(tmp_path):
     lines = [json.dumps(row).encode() for row in good]
     (pool / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     bad = [b'{"text": "cut', b'{"id": "b1"}', b'{"id": "b2", "text": 5}',
-           b'{"id": "b3", "text": "\xff"}', b'{"id": "b4", "text": "a\x00"}', lines[3], lines[3], b'{"text": "no id"}']  # fmt: skip
+           b'{"id": "b3", "text": "\xff"}', b'{"id": "b4", "text": "a\x00"}',
+           lines[3], lines[3], b'{"text": "no id"}']  # fmt: skip
     (pool / "b.jsonl").write_bytes(b"\n".join(bad))
     packed = gzip.compress(os.urandom(4) + b"\n".join(lines[:1]) + os.urandom(3000), mtime=0)
     (pool / "c.jsonl.gz").write_bytes(packed[:-200])

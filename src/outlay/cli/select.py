@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ..core.errors import ConfigError
+from ..shards.progress import Silent
 from . import screen
 from .options import AsJson, Debug, NoProgress, Quiet
 
@@ -89,7 +90,7 @@ def select(
     from ..shards import job
     from ..shards.sets import Fields
 
-    progress: Any = job.Silent() if quiet or no_progress else _Lines()
+    progress = Silent() if quiet or no_progress else _Lines()
     found = job.select(
         inputs, [registry.build(call) for call in method], out,
         fields=Fields(text_column, id_column, date_column, domain_column, tokens_column),
@@ -136,7 +137,7 @@ def _show(found: Selection) -> None:
     out.print(f"{found.folder}/report.html", markup=False, highlight=False)
 
 
-class _Lines:
+class _Lines(Silent):
     """A line at intervals: share done, rate, time left, and what became of the rows."""
 
     def __init__(self) -> None:

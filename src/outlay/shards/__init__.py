@@ -1,14 +1,35 @@
-"""Data larger than memory: shards, scorers, narrow side tables, the exact cut, engines."""
+"""Data larger than memory: shards, scorers, narrow side tables, the exact cut, engines.
 
-from .cut import Threshold, find_threshold, select_top
-from .deciding import Rule
-from .job import Selection, select
-from .scorers import FastText, HashedLinear, Overlap, WordList, load_scorer
-from .selector import Selecting
-from .sets import Fields, Shard, ShardSet, open_shards
+Names resolve lazily, so that the command starts without Arrow.
+"""
 
-__all__ = [
-    "FastText", "Fields", "HashedLinear", "Overlap", "Rule", "Selecting", "Selection", "Shard",
-    "ShardSet", "Threshold", "WordList", "find_threshold", "load_scorer", "open_shards", "select",
-    "select_top",
-]  # fmt: skip
+from __future__ import annotations
+
+from typing import Any
+
+_HOMES = {
+    "FastText": "scorers",
+    "Fields": "sets",
+    "HashedLinear": "scorers",
+    "Overlap": "scorers",
+    "Rule": "deciding",
+    "Scorer": "scorers",
+    "Selecting": "selector",
+    "Selection": "job",
+    "ShardSet": "sets",
+    "WordList": "scorers",
+    "find_threshold": "cut",
+    "load_scorer": "scorers",
+    "open_shards": "sets",
+    "select": "job",
+    "select_top": "cut",
+}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'outlay.shards' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"outlay.shards.{_HOMES[name]}"), name)

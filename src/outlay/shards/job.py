@@ -20,7 +20,7 @@ import heapq
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..core.drafts import drafted
 from ..core.errors import ConfigError, DataError, OutlayError
 from .deciding import Columns, Decision, decide, kept_share_notes
 from .engines import Engine, part_of, run_tasks
+from .progress import Silent
 from .reading import read
 from .scorers import Scorer, load_scorer
 from .selector import SAMPLE, SAMPLE_CHARACTERS, Selecting
@@ -42,19 +43,6 @@ from .tasks import Exporting, Scoring, export_shard, score_shard
 _FAILED_SHARE = 1e-3  # of documents that a scorer may fail on
 _BUCKET = 2_000_000  # ids that are compared at once
 _EXAMPLES = 20
-
-
-class Silent:
-    """Hears of a selection's progress; shows nothing."""
-
-    def phase(self, name: str, total: int, size: int) -> None:
-        """A phase over `total` shards of `size` bytes begins."""
-
-    def shard(self, size: int, counts: Mapping[str, int]) -> None:
-        """A shard of `size` bytes is done; `counts` are its rows by what became of them."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass(frozen=True)
