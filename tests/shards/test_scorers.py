@@ -147,6 +147,9 @@ def test_fasttext_trains_and_comes_back(tmp_path):
     read = load_scorer(tmp_path / "model")
     good, bad = read.score(texts(SEA, 20, 2)), read.score(texts(TOOL, 20, 3))
     assert auc(good, bad) == 1.0 and read.fingerprint == again.fingerprint
+    # Labels and line breaks inside a text are text.
+    odd = ["salt\nfish __label__0 tide " * 4] * 60
+    assert FastText.fit(odd, rows[1], "sea", tmp_path / "d.bin").score(odd[:1])[0] > 0.5
     with pytest.raises(ConfigError, match="bits = 10 is too few for fastText"):
         FastText.fit(*rows, "sea", tmp_path / "c.bin", bits=10)
     with pytest.raises(DataError, match="no texts to learn"):

@@ -508,7 +508,8 @@ class FastText(Scorer):
 
 
 def _one_line(text: str) -> str:
-    return " ".join(words_of(text))
+    """fastText ends a text at a line break, and takes what looks like a label for one."""
+    return text.replace("\n", " ").replace(_LABEL, "label")
 
 
 _KINDS: dict[str, Any] = {

@@ -24,8 +24,9 @@ COLUMN = "evaluation_overlap"
 
 @dataclass(frozen=True, kw_only=True)
 class Decontamination(Selecting, OnData):
-    """Drop documents that hold `n` words in a row of an evaluation text.
+    """Drop what overlaps an evaluation: `decontamination(against='evaluation.jsonl', n=13)`.
 
+    A document goes if it holds `n` words in a row of an evaluation text.
     Words are compared normalized and case-folded, without punctuation; the comparison is exact and
     finds no paraphrase. Evaluation texts of fewer than `n` words cannot be found.
 

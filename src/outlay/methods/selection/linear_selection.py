@@ -24,7 +24,7 @@ COLUMN, SAME = "target_likeness", "in_target"
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSelection(Selecting, OnData):
-    """Classify target texts against the pool, and keep the share that scores highest.
+    """Keep what is most like a target: `linear_selection(target='task.jsonl', keep=0.1)`.
 
     The classifier learns from the target and from up to 20,000 documents of the pool, which are
     its negatives whatever they hold. A document whose words are those of a target text is left

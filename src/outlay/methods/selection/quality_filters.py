@@ -28,7 +28,9 @@ PROFANITY = "profanity"
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFilters(Selecting, OnData):
-    """Drop documents by any of several properties; the first one that fails is the reason.
+    """Drop documents by several properties, as `quality_filters(after='2000')` does by age.
+
+    The first property that a document fails is its reason.
 
     Attributes:
         toxicity: Drop documents that score above this, in [0, 1]; the paper tries 0.95 to 0.3.
