@@ -508,7 +508,7 @@ class FastText(Scorer):
 
 
 def _one_line(text: str) -> str:
-    """fastText ends a text at a line break, and takes what looks like a label for one."""
+    """Line breaks would end the text, and words that look like labels would be labels."""
     return text.replace("\n", " ").replace(_LABEL, "label")
 
 

@@ -7,7 +7,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Selecting:
     A method inherits this beside `OnData`.
     """
 
-    card: Any
+    card: ClassVar[Any]
 
     @abstractmethod
     def scorers(self, pool: Texts, folder: Path) -> tuple[Scorer, ...]:

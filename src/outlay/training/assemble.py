@@ -216,7 +216,7 @@ def assemble(
                 shaped = method.shape(shaped, model, context)
     shaped = backend.place(shaped)
     # `request` may have come while shaping: the set is shared with the base objective.
-    rows = _train_rows(model, new_tokens)
+    held = _train_rows(model, new_tokens)
     groups = parameter_groups(model, shaped, recipe.optimizer, methods)
     if not groups:
         raise NoEffect("nothing in this recipe trains", "add a method, or a head to train")
@@ -225,7 +225,7 @@ def assemble(
     optimizers = build_optimizers(groups, recipe.optimizer, methods, context, inside)
     live = Live(model, shaped, optimizers, chosen, context)
     live.alias_originals(originals)
-    for name, keep in rows.items():
+    for name, keep in held.items():
         live.mask(name, keep, "held")
     watchers = _watchers(methods, live, inside)
     gradients = Gradients(
