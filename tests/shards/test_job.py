@@ -310,6 +310,14 @@ def test_a_folder_belongs_to_one_selection(pool, tmp_path):
         job.select(pool / "pool", half, pool)
 
 
+def test_a_result_among_its_inputs_is_no_input(tmp_path):
+    lay_out(tmp_path / "pool", list(documents(40)))
+    half = [registry.build("random_selection(keep=0.5)")]
+    first = job.select(tmp_path / "pool", half, tmp_path / "pool" / "kept").manifest
+    again = job.select(tmp_path / "pool", half, tmp_path / "pool" / "kept").manifest
+    assert first == again and first["counts"]["read"] == 40
+
+
 def test_a_target_that_changes_is_another_selection(pool, tmp_path):
     target = tmp_path / "goal.jsonl"
     target.write_text('{"text": "salt fish"}\n')

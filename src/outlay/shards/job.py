@@ -101,7 +101,7 @@ def select(
         DataError: If files break off, a scorer fails too often, or nothing is kept.
     """
     job = _Job(
-        open_shards(inputs, fields), tuple(methods), Path(out), engine, workers, limit,
+        open_shards(inputs, fields, Path(out)), tuple(methods), Path(out), engine, workers, limit,
         keep_dropped, seed, progress or Silent(),
     )  # fmt: skip
     return job.run(None if part is None else part_of(part))

@@ -90,13 +90,16 @@ def digest(*parts: Any) -> str:
 
 
 def open_shards(
-    inputs: str | Path | Sequence[str | Path], fields: Fields | None = None
+    inputs: str | Path | Sequence[str | Path],
+    fields: Fields | None = None,
+    without: Path | None = None,
 ) -> ShardSet:
     """Find the files of files, folders, globs and `datasets` folders.
 
     Args:
         inputs: Parquet, JSONL (also .gz and .zst) and Arrow files, or folders of them.
         fields: Columns; the usual names by default.
+        without: A folder whose files are left out: a result that lies among its inputs.
 
     Raises:
         ConfigError: If an input does not exist or is no data.
@@ -105,6 +108,8 @@ def open_shards(
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     paths = sorted({path for text in inputs for path in _files_of(Path(text).expanduser())})
+    if without is not None:
+        paths = [path for path in paths if not path.is_relative_to(without.resolve())]
     if not paths:
         raise ConfigError(
             f"no data in {', '.join(map(str, inputs))}", f"give files of {', '.join(ENDINGS)}"
