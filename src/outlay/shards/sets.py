@@ -99,7 +99,7 @@ def open_shards(
     Args:
         inputs: Parquet, JSONL (also .gz and .zst) and Arrow files, or folders of them.
         fields: Columns; the usual names by default.
-        without: A folder whose files are left out: a result that lies among its inputs.
+        without: A selection's folder whose files are left out: it may lie among its inputs.
 
     Raises:
         ConfigError: If an input does not exist or is no data.
@@ -108,7 +108,7 @@ def open_shards(
     if isinstance(inputs, (str, Path)):
         inputs = [inputs]
     paths = sorted({path for text in inputs for path in _files_of(Path(text).expanduser())})
-    if without is not None:
+    if without is not None and (without / "run.json").is_file():
         paths = [path for path in paths if not path.is_relative_to(without.resolve())]
     if not paths:
         raise ConfigError(
