@@ -70,9 +70,11 @@ MOVES_AT_START: frozenset[str] = frozenset()
 # Rows that have nothing to train on some shapes: there is no head of the task's own.
 HEADS_ONLY: frozenset[str] = frozenset({"probe"})
 
-# Methods that choose examples: fewer rows are another choice.
+# Rows that choose examples: of fewer they make another choice.
 CHOOSE: frozenset[str] = frozenset(
-    {"random_selection", "quality_filters", "linear_selection", "decontamination"}
+    spec
+    for name in ("random_selection", "quality_filters", "linear_selection", "decontamination")
+    for spec in ROWS[name]
 )
 
 # Rows that find nothing on texts as short as these.
