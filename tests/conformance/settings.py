@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from outlay.core import registry
+
+_TARGET = str(Path(__file__).with_name("target.jsonl"))
 
 ROWS: dict[str, tuple[str, ...]] = {
     "adalora": (
@@ -89,6 +92,19 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "l2_anchor": ("l2_anchor(strength=5.0)", "l2_anchor(anchor='initial', strength=5.0)"),
     "replay": ("replay(size=5, share=0.5)",),
+    "random_selection": (
+        "random_selection(keep=0.5)",
+        "random_selection(keep=0.4, unit='documents', inverse=True, seed=3)",
+    ),
+    "quality_filters": (
+        "quality_filters(words=('salt', 'fig'), twin='random')",
+        "quality_filters(words=('salt', 'fig'), inverse=True)",
+    ),
+    "linear_selection": (
+        f"linear_selection(target={_TARGET!r}, keep=0.5, bits=10)",
+        f"linear_selection(target={_TARGET!r}, keep=0.5, bits=10, twin='length')",
+    ),
+    "decontamination": (f"decontamination(against={_TARGET!r}, n=8)",),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),
 }
@@ -117,6 +133,16 @@ def needs_tasks(methods: Sequence[Any]) -> bool:
     """True if one of the methods does nothing without a change of task."""
     return any(registry.build(method).card.name in OF_TASKS for method in methods)
 
+
+# Rows that choose examples: of fewer they make another choice.
+CHOOSE: frozenset[str] = frozenset(
+    spec
+    for name in ("random_selection", "quality_filters", "linear_selection", "decontamination")
+    for spec in ROWS[name]
+)
+
+# Rows that find nothing on texts as short as these.
+IDLE: frozenset[str] = frozenset(ROWS["decontamination"])
 
 # Rows whose size depends on the weights' values: a plan loads none. It gives a bound for the
 # first, and the size at equal ranks, which pay the same price, for the second.

@@ -15,7 +15,7 @@ from outlay.core.method import Method
 
 # Every method acts at a place that some other one acts at; each meets every other one here, and
 # itself.
-ROWS = settings.representatives()
+ROWS = [spec for spec in settings.representatives() if spec not in settings.IDLE]
 PAIRS = list(itertools.combinations_with_replacement(ROWS, 2))
 _OUTCOMES: dict[tuple[Any, ...], Any] = {}
 # A tokenizer from scratch has no mode token.

@@ -27,6 +27,7 @@ from . import (
     replicate,
     report,
     run,
+    select,
     study,
 )
 from .errors import complain
@@ -72,6 +73,7 @@ def build_app() -> typer.Typer:
         (_LOOK, "show", catalogue.show),
         (_LOOK, "cite", catalogue.cite),
         (_PREPARE, "plan", plan.plan),
+        (_PREPARE, "select", select.select),
         (_RUN, "run", run.run),
         (_RUN, "compare", compare.compare),
         (_RUN, "replicate", replicate.replicate),

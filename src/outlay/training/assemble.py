@@ -32,6 +32,7 @@ from ..core.method import (
 )
 from .backend import OneDevice
 from .data.batch import Drawer, padded, presented
+from .data.columns import Row
 from .data.pool import Pool
 from .data.tasks import TaskPool, first_steps
 from .frozen import PrefixStore, freeze_for, frozen_prefix
@@ -114,19 +115,19 @@ def expected_steps(budget: Budget, batch_size: int, pool: Pool, task: str = "") 
     return None
 
 
-def pool_of(recipe: Recipe, train: Sequence[Example]) -> Pool:
+def pool_of(recipe: Recipe, train: Sequence[Example], rows: Sequence[Row] = ()) -> Pool:
     """The training examples in a seeded order, or one task after the other.
 
     Raises:
         ConfigError: If the budget leaves a task without a step.
     """
-    pool = Pool(train, recipe.seed)
+    pool = Pool(train, recipe.seed, rows=rows)
     if not getattr(recipe.data, "tasks", ()):
         return pool
     steps = expected_steps(recipe.budget, recipe.batch.size, pool)
     assert steps is not None, "recipes with data.tasks have budgets in steps or examples"
     weights = [task.weight for task in recipe.data.in_sequence()]
-    return TaskPool(train, recipe.seed, first_steps(weights, steps), recipe.batch.size)
+    return TaskPool(train, recipe.seed, first_steps(weights, steps), recipe.batch.size, rows)
 
 
 def adapt(
@@ -167,6 +168,7 @@ def assemble(
     tokenizer: Any,
     objective: Callable[[set[str]], Objective],
     train: Sequence[Example],
+    rows: Sequence[Row] = (),
     splits: dict[str, Sequence[Example]],
     meter: Meter,
     backend: OneDevice,
@@ -186,6 +188,7 @@ def assemble(
         tokenizer: The run's tokenizer.
         objective: Makes the task's objective, given the outputs that methods asked for.
         train: Encoded training examples.
+        rows: The rows behind them.
         splits: Encoded evaluation examples.
         meter: The run's meter.
         backend: The machine.
@@ -215,7 +218,7 @@ def assemble(
         kept=kept if kept is not None else {},
     )
     check(methods, None if any(isinstance(m, OnModel) for m in methods) else model)
-    chosen: Pool = pool_of(recipe, train) if pool is None else pool
+    chosen: Pool = pool_of(recipe, train, rows) if pool is None else pool
     for method in methods:
         if isinstance(method, OnData):
             context.pool = chosen
@@ -236,7 +239,7 @@ def assemble(
                 shaped = method.shape(shaped, model, context)
     shaped = backend.place(shaped)
     # `request` may have come while shaping: the set is shared with the base objective.
-    rows = _train_rows(model, new_tokens)
+    held = _train_rows(model, new_tokens)
     groups = parameter_groups(model, shaped, recipe.optimizer, methods)
     if not groups:
         raise NoEffect("nothing in this recipe trains", "add a method, or a head to train")
@@ -245,7 +248,7 @@ def assemble(
     optimizers = build_optimizers(groups, recipe.optimizer, methods, context, inside)
     live = Live(model, shaped, optimizers, chosen, context)
     live.alias_originals(originals)
-    for name, keep in rows.items():
+    for name, keep in held.items():
         live.mask(name, keep, "held")
     watchers = _watchers(methods, live, inside)
     gradients = Gradients(

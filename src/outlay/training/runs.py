@@ -387,6 +387,7 @@ class Runner:
             tokenizer=materials.tokenizer,
             objective=lambda requests: materials.objective(recipe, requests),
             train=materials.train,
+            rows=materials.rows["train"],
             splits=materials.splits,
             meter=Meter(),
             backend=self.backend,

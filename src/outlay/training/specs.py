@@ -110,6 +110,7 @@ class DataSpec(Spec):
         messages: Column of a list of {role, content}; the loss is on assistant turns only.
         id: Column of the id; the row number by default.
         domain: Column of the domain.
+        date: Column of a date or year, for methods that choose by age.
         validation: File of the validation split; otherwise a share of `path`.
         test: File of the test split; otherwise a share of `path`.
         validation_share: Share (below 1) or number of rows, stratified by label.
@@ -135,6 +136,7 @@ class DataSpec(Spec):
     messages: str | None = None
     id: str | None = None
     domain: str | None = None
+    date: str | None = None
     validation: str | None = None
     test: str | None = None
     validation_share: Annotated[float, Field(ge=0)] = 0.1

@@ -37,6 +37,7 @@ class Columns:
     listed: bool = False
     id: str = ""
     domain: str = ""
+    date: str = ""
 
     def named(self) -> dict[str, Any]:
         """Only what there is."""
@@ -72,7 +73,7 @@ def find_columns(spec: DataSpec, task: str, table: Table, labeled: bool = True) 
 
     shared: dict[str, Any] = {
         key: optional(getattr(spec, key), key) or (key if table.keyed and key in present else "")
-        for key in ("id", "domain")
+        for key in ("id", "domain", "date")
     }
     if task == "image-classification":
         usual = next(
@@ -148,6 +149,8 @@ def rows_of(
         seen[identity] = index
         domain = raw.get(columns.domain) if columns.domain else None
         row: Row = {"id": identity, "domain": "" if domain is None else str(domain)}
+        if columns.date and raw.get(columns.date) is not None:
+            row["date"] = str(raw[columns.date])
         row |= _inputs(raw, columns, where)
         if columns.labels:
             label = _label(raw, columns, task, table, where)

@@ -52,6 +52,7 @@ class Pool:
         examples: Dicts with at least `id`; `domain` is optional.
         seed: Seed of the order.
         domain_weights: Sampling weight of each domain, >= 0.
+        rows: The rows that the examples were made from, for methods that choose by text.
 
     Raises:
         DataError: If there is no example, or two have one id.
@@ -66,11 +67,13 @@ class Pool:
         examples: Sequence[Example],
         seed: int = 0,
         domain_weights: Mapping[str, float] | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if self.needs_examples and not len(examples):
             raise DataError("no training example is left", "check the data and the selectors")
         self.lock = threading.RLock()
         self.examples = examples
+        self.rows = rows
         self.seed = seed
         self.version = 0
         self.position = 0
@@ -152,7 +155,26 @@ class Pool:
 
     def _like(self, examples: Sequence[Example]) -> Pool:
         """A pool of this kind over other examples; subclasses hand on their settings."""
-        return type(self)(examples, self.seed)
+        return type(self)(examples, self.seed, rows=self.rows)
+
+    def documents(self) -> list[tuple[Mapping[str, Any], list[int]]]:
+        """The rows that still have examples, each with the indices of its examples.
+
+        Raises:
+            DataError: If an example was not made from one row.
+        """
+        places = {row["id"]: place for place, row in enumerate(self.rows)}
+        found: dict[int, list[int]] = {}
+        for index, name in enumerate(self.ids):
+            # Windows after a row's first one end in "#1", "#2" and so on.
+            place = places.get(name, places.get(str(name).rpartition("#")[0]))
+            if place is None:
+                raise DataError(
+                    f"example {name!r} was not made from one row, so no row can be left out",
+                    "leave data.blocks out, or choose beforehand with `outlay select`",
+                )
+            found.setdefault(place, []).append(index)
+        return [(self.rows[place], found[place]) for place in sorted(found)]
 
     def _next_of(self, group: str, indices: Sequence[int]) -> Example:
         """The next example of one group's own order."""

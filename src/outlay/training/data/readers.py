@@ -22,7 +22,8 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow")
-_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+_NOT_DATA = ("manifest.json", "quarantine.jsonl", "run.json", "dataset_info.json",
+             "dataset_infos.json", "dataset_dict.json", "state.json",
              "LICENSE.txt", "README.txt", "requirements.txt")  # fmt: skip
 
 

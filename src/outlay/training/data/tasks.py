@@ -116,12 +116,18 @@ class TaskPool(Pool):
         seed: Seed of the orders.
         starts: First step of each task, and the number of all steps.
         step_size: Examples of a step.
+        rows: The rows behind the examples.
     """
 
     def __init__(
-        self, examples: Sequence[Example], seed: int, starts: Sequence[int], step_size: int
+        self,
+        examples: Sequence[Example],
+        seed: int,
+        starts: Sequence[int],
+        step_size: int,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        super().__init__(examples, seed)
+        super().__init__(examples, seed, rows=rows)
         self.starts, self.step_size = tuple(starts), step_size
         self.rehearsal: Callable[[TaskPool, int], Sequence[int]] | None = None
         self.rehearsed_share = 0.0
@@ -174,7 +180,7 @@ class TaskPool(Pool):
         return pool
 
     def _like(self, examples: Sequence[Example]) -> TaskPool:
-        pool = TaskPool(examples, self.seed, self.starts, self.step_size)
+        pool = TaskPool(examples, self.seed, self.starts, self.step_size, self.rows)
         pool.rehearsal, pool.rehearsed_share = self.rehearsal, self.rehearsed_share
         return pool
 

@@ -51,6 +51,7 @@ def assembled(
         tokenizer=materials.tokenizer,
         objective=lambda requests: materials.objective(recipe, requests),
         train=materials.train,
+        rows=materials.rows["train"],
         splits={},
         meter=Meter(),
         backend=backend,

@@ -63,6 +63,7 @@ def measure_steps(
         tokenizer=materials.tokenizer,
         objective=lambda requests: materials.objective(recipe, requests),
         train=materials.train,
+        rows=materials.rows["train"],
         splits={},
         meter=Meter(),
         backend=backend,

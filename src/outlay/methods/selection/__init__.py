@@ -1,0 +1,1 @@
+"""Choosing the documents to train on, in a run and from shards."""
