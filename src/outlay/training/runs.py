@@ -395,6 +395,7 @@ class Runner:
             kept=kept,
             flops=self.flops,
             prefixes=materials.prefixes,
+            corruption=materials.corruption(recipe),
         )
 
     def _stage(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.errors import DataError, nearest
-from ..specs import DataSpec
+from ..specs import MASKED_IMAGES, MASKED_TEXT, DataSpec
 from .readers import Table
 
 Row = dict[str, Any]
@@ -74,11 +74,20 @@ def find_columns(spec: DataSpec, task: str, table: Table, labeled: bool = True) 
         key: optional(getattr(spec, key), key) or (key if table.keyed and key in present else "")
         for key in ("id", "domain")
     }
-    if task == "image-classification":
+    if task == MASKED_TEXT:
+        return Columns(
+            text=column(spec.text, "text", "text"),
+            text_pair=optional(spec.text_pair, "text_pair"),
+            **shared,
+        )
+    if task in ("image-classification", MASKED_IMAGES):
         usual = next(
             (n for n in ("pixel_values", "image", "pixels") if n in present), "pixel_values"
         )
-        label = _label_columns(spec, "label", column, labeled, present)
+        label = (
+            () if task == MASKED_IMAGES
+            else _label_columns(spec, "label", column, labeled, present)
+        )  # fmt: skip
         return Columns(pixels=column(spec.text, "text", usual), labels=label, **shared)
     if task in TEXT_TASKS:
         several = task == "multi-label-classification" or spec.labels is not None

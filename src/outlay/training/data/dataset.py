@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, DataError, nearest
-from ..specs import DataSpec
+from ..specs import MASKED_IMAGES, MASKED_TEXT, DataSpec
 from .columns import CLASSES, Columns, Row, find_columns, rows_of
 from .encode import encode
 from .labels import Labels
@@ -19,7 +19,8 @@ from .splits import content, rows_fingerprint, strata, stratified
 
 __all__ = ["Splits", "encode", "load", "load_rows"]
 
-_LANGUAGE = ("causal-language-modeling", "sequence-to-sequence")
+_TEXTS = ("causal-language-modeling", "sequence-to-sequence", MASKED_TEXT)
+_UNLABELED = (*_TEXTS, MASKED_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load(
         here = columns if split == "train" else find_columns(spec, task, table)
         prefix = "" if split == "train" else f"{split}:"
         found[split] = rows_of(table, here, task, prefix=prefix)
-    if task in _LANGUAGE:
+    if task in _TEXTS:
         _drop(found, counts, "empty", _is_empty)
     if spec.deduplicate:
         _deduplicate(found, counts)
@@ -259,7 +260,7 @@ def _labels(
     columns: Columns,
 ) -> Labels:  # fmt: skip
     train = found["train"]
-    if task in _LANGUAGE:
+    if task in _UNLABELED:
         names: tuple[str, ...] = ()
     elif task == "regression":
         names = columns.labels
@@ -270,7 +271,7 @@ def _labels(
     else:
         names = _sorted_names({row["label"] for row in train})
     few = 2 if task in CLASSES else 1
-    if task not in _LANGUAGE and len(names) < few:
+    if task not in _UNLABELED and len(names) < few:
         raise DataError(
             f"{tables['train'].name} has {len(names)} kinds of label in column "
             f"{columns.labels[0]!r}",
@@ -284,7 +285,7 @@ def _labels(
 def _known_labels(
     found: Mapping[str, Sequence[Row]], tables: Mapping[str, Table], names: Sequence[str], task: str
 ) -> None:
-    if task in (*_LANGUAGE, "regression"):
+    if task in (*_UNLABELED, "regression"):
         return
     known = set(names)
     for split, rows in found.items():
@@ -340,7 +341,7 @@ def _with_statistics(labels: Labels, train: Sequence[Row], spec: DataSpec, task:
     wanted = spec.class_weights
     if wanted is None:
         return labels
-    if task in _LANGUAGE or task == "regression":
+    if task in _UNLABELED or task == "regression":
         raise ConfigError(f"data.class_weights does not go with {task}", "leave it out")
     if wanted == "balanced":
         weights = _balanced(labels, train, task)
