@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, DataError, nearest
-from ..specs import MASKED_IMAGES, MASKED_TEXT, DataSpec
+from ..specs import MASKED, DataSpec
 from .columns import CLASSES, Columns, Row, find_columns, rows_of
 from .encode import encode
 from .labels import Labels
@@ -19,8 +19,8 @@ from .splits import content, rows_fingerprint, strata, stratified
 
 __all__ = ["Splits", "encode", "load", "load_rows"]
 
-_TEXTS = ("causal-language-modeling", "sequence-to-sequence", MASKED_TEXT)
-_UNLABELED = (*_TEXTS, MASKED_IMAGES)
+_LANGUAGE = ("causal-language-modeling", "sequence-to-sequence")
+_UNLABELED = (*_LANGUAGE, *MASKED)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load(
         here = columns if split == "train" else find_columns(spec, task, table)
         prefix = "" if split == "train" else f"{split}:"
         found[split] = rows_of(table, here, task, prefix=prefix)
-    if task in _TEXTS:
+    if task in _LANGUAGE:
         _drop(found, counts, "empty", _is_empty)
     if spec.deduplicate:
         _deduplicate(found, counts)
