@@ -52,6 +52,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "ul2(preset='s20', split='uniform', roll=True, sentinels=20)",
         "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), mode_tokens=False, sentinels=20)",
     ),
+    "feature_distillation": (
+        "feature_distillation(teacher='original', pool='mean')",
+        "feature_distillation(teacher='original', pool='tokens', distance='cosine', layer=1)",
+        "feature_distillation(teacher='original', pool='mean', view='corrupted', weight=0.5)",
+    ),
+    "distance_to_initial": ("distance_to_initial(every=2)",),
     "mode_token": ("mode_token", "mode_token(mode='[S2S]')"),
     "probe": ("probe",),
     "full": ("full", "full(layers_to_transform=(1,))"),

@@ -31,12 +31,12 @@ IGNORED = -100
 
 
 def pooled(
-    states: Float[Tensor, "b s d"], pool: str, mask: Tensor | None = None
+    states: Float[Tensor, "b ..."], pool: str, mask: Tensor | None = None
 ) -> Float[Tensor, "b p d"]:
     """What is compared: the first position, the mean over positions, or every position.
 
     Args:
-        states: Hidden states; of a convolutional network (B, D, height, width).
+        states: Hidden states. Shape (B, S, D); of a convolutional network (B, D, height, width).
         pool: "cls", "mean" or "tokens".
         mask: 1 for positions that are no padding. Shape (B, S).
     """

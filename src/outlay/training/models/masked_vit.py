@@ -9,6 +9,7 @@ B images, C channels, P patches, V of them seen, D the width.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit.modeling_vit import ViTLayer, ViTPreTrainedModel
 
 
+_OF_THE_FILE = ("architectures", "transformers_version")
+
+
 class MaskedViTConfig(ViTConfig):
     """Settings of `MaskedViT`: a ViT's, and how deep the decoder is.
 
-    Attributes:
+    Args:
         decoder_layers: Blocks of the decoder.
+        rest: As `ViTConfig` takes them.
     """
 
     model_type = "outlay_masked_vit"
-    decoder_layers: int = 1
+
+    def __init__(self, decoder_layers: int = 1, **rest: Any) -> None:
+        self.decoder_layers = decoder_layers
+        super().__init__(**rest)
 
 
 def masked_config(config: ViTConfig) -> MaskedViTConfig:
@@ -37,12 +45,12 @@ def masked_config(config: ViTConfig) -> MaskedViTConfig:
 
 def plain_config(config: MaskedViTConfig) -> ViTConfig:
     """The encoder's config alone."""
-    return ViTConfig(**{k: v for k, v in _shared(config).items() if k != "decoder_layers"})
+    return ViTConfig(**_shared(config))
 
 
 def _shared(config: ViTConfig) -> dict[str, Any]:
-    left_out = ("model_type", "architectures", "transformers_version")
-    return {k: v for k, v in config.to_dict().items() if k not in left_out}
+    kept = (f.name for f in dataclasses.fields(ViTConfig) if f.name not in _OF_THE_FILE)
+    return {name: getattr(config, name) for name in kept}
 
 
 class PatchDecoder(nn.Module):
