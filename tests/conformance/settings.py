@@ -81,6 +81,9 @@ BY_WEIGHTS: frozenset[str] = frozenset(
     }
 )
 
+# Methods that only look: a run ends at the same weights with and without them.
+OBSERVERS: frozenset[str] = frozenset({"distance_to_initial"})
+
 # A stand-in of every way of changing a layer: pairs are formed of these.
 PAIRED: dict[str, tuple[str, ...]] = {
     "bone": ("bone(r=4)", "bone(r=8, variant='bat')"),

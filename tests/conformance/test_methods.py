@@ -20,7 +20,7 @@ from outlay.training.recipe import Recipe
 
 SPECS = settings.specs()
 METHODS = sorted(name for name, entry in registry.entries().items() if entry.kind == "method")
-# A tokenizer from scratch has no mode token, and what is tried here has no earlier stage to teach it.
+# A tokenizer from scratch has no mode token; no stage before this one can be the teacher.
 pytestmark = pytest.mark.filterwarnings("ignore:mode_token", "ignore:feature_distillation")
 each = pytest.mark.parametrize("spec", SPECS)
 everywhere = pytest.mark.parametrize(

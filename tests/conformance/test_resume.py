@@ -20,7 +20,7 @@ from outlay.training.runs import Result
 STEPS = 7
 SPECS = settings.specs()
 REPRESENTATIVES = settings.representatives()
-# A tokenizer from scratch has no mode token, and what is tried here has no earlier stage to teach it.
+# A tokenizer from scratch has no mode token; no stage before this one can be the teacher.
 pytestmark = pytest.mark.filterwarnings("ignore:mode_token", "ignore:feature_distillation")
 
 

@@ -124,9 +124,7 @@ class _Halved(Objective):
 def linear(at, taught, **settings):
     model, wise = _States(at), _States(taught)
     context = Context(loader=lambda _: wise)
-    objective = FeatureDistillation(teacher="stage:t", **settings).shape(
-        _Halved(), model, context
-    )
+    objective = FeatureDistillation(teacher="stage:t", **settings).shape(_Halved(), model, context)
     batch = {"x": torch.ones(2, dtype=torch.float64), "ids": ("a", "b")}
     batch |= {"labels": torch.ones(2, dtype=torch.float64), "clean": dict(batch)}
     return model, wise, objective, batch
@@ -142,7 +140,7 @@ def loss_of(objective, model, batch):
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_progress_in_a_linear_model(strength, steps):
-    """b (1 + 2 lambda a) / (1 + 2 lambda) of the way to the optimum, from the teacher's a."""
+    """The student goes b (1 + 2 lambda a) / (1 + 2 lambda) of the way to the optimum, from the teacher's a."""
     rate = 0.25
     teacher, _, plain, batch = linear(0.0, 0.0, weight=0.0, primary_weight=1.0)
     for _ in range(steps):
@@ -160,7 +158,7 @@ def test_progress_in_a_linear_model(strength, steps):
 
 
 def test_the_students_progress_in_numbers():
-    """eta s = 0.5 and lambda = 0.5: the teacher is half way, the student three quarters."""
+    """With eta s = 0.5 and lambda = 0.5 the teacher is half way, the student three quarters."""
     student, _, objective, batch = linear(0.0, 0.5, weight=0.5)
     (gradient,) = torch.autograd.grad(loss_of(objective, student, batch), [student.weight])
     assert (student.weight - 0.5 * gradient).item() == pytest.approx(0.75)
@@ -187,7 +185,7 @@ def test_no_gradient_reaches_the_teacher_and_passes_may_be_split():
 def test_without_weight_it_is_a_second_further_pre_training(images):
     """Bit for bit, though the distance is measured."""
     plain, _ = trained(recipe(images))
-    measured, log = trained(recipe(images, "feature_distillation(teacher='original', weight=0.0)"))
+    measured, _ = trained(recipe(images, "feature_distillation(teacher='original', weight=0.0)"))
     assert checkpoint.weights_sha256(plain.live) == checkpoint.weights_sha256(measured.live)
     assert measured.context.meter.charges["teacher"]["flops"] > 0
 
@@ -265,6 +263,16 @@ def test_how_a_step_is_split_changes_nothing(images, tmp_path, view):
 
 
 @warned
+def test_two_teachers_are_two_terms(images):
+    text = "feature_distillation(teacher='original', pool={!r})"
+    stage = assembled(recipe(images, text.format("cls"), text.format("mean")))
+    (batch,) = stage.loop.drawer.draw(STEP)
+    terms = stage.objective(stage.model, batch, STEP).terms
+    assert list(terms) == ["squared_error", TERM, f"{TERM}_2"]
+    assert set(stage.objective.weight_sums(batch)) == set(terms)
+
+
+@warned
 def test_it_stands_beside_weights_that_couple_the_step(images):
     text = "feature_distillation(teacher='original')"
     found = {}
@@ -273,7 +281,7 @@ def test_it_stands_beside_weights_that_couple_the_step(images):
             images, "loss_weights(temperature=0.4)", text, precision="float64",
             batch={"size": 8, "micro": micro},
         )  # fmt: skip
-        stage, log = trained(of)
+        _, log = trained(of)
         found[micro] = [line["objective"] for line in log]
     assert found[2] == pytest.approx(found[8], rel=1e-9)
 
@@ -312,7 +320,7 @@ def test_what_is_refused_by_itself():
 def test_a_teacher_of_another_width_is_refused(images):
     other = assembled(recipe(images, model={"config": "vit", "layers": 1, "width": 64})).model
     model = assembled(recipe(images)).model
-    with pytest.raises(ConfigError, match="64 wide.*32"):
+    with pytest.raises(ConfigError, match=r"64 wide.*32"):
         FeatureDistillation().shape(_Halved(), model, Context(loader=lambda _: other))
 
 

@@ -18,15 +18,17 @@ from outlay.core.method import Method
 ROWS = settings.representatives()
 PAIRS = list(itertools.combinations_with_replacement(ROWS, 2))
 _OUTCOMES: dict[tuple[str, ...], Any] = {}
-# A tokenizer from scratch has no mode token, and what is tried here has no earlier stage to teach it.
+# A tokenizer from scratch has no mode token; no stage before this one can be the teacher.
 pytestmark = pytest.mark.filterwarnings("ignore:mode_token", "ignore:feature_distillation")
 
 
 def meets(first: Method, second: Method) -> bool:
     """True if they share a place, or claim anything at all.
 
-    `full` says what a run does anyway where nothing freezes the base.
+    `full` says what a run does anyway where nothing freezes the base; what only looks changes none.
     """
+    if {first.card.name, second.card.name} & settings.OBSERVERS:
+        return False
     others = [m for m in (first, second) if m.card.name != "full"]
     if len(others) == 1 and not others[0].card.freezes_base:
         return False

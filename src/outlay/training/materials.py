@@ -92,7 +92,6 @@ class Materials:
         """The task's objective, or the live one that the recipe holds."""
         return objective_for(recipe.task, recipe.objective, self.labels, requests)
 
-
     def corruption(self, recipe: Recipe) -> Corruption | None:
         """How the recipe's task corrupts an example, if it does."""
         return corruption_for(recipe.task, recipe.objective, self.tokenizer, self.patches)

@@ -207,6 +207,9 @@ class _Distilled(Shaped):
     ) -> None:
         super().__init__(inner)
         self.method, self.context = method, context
+        # Several teachers are several terms.
+        others = sum(isinstance(part, _Distilled) for part in inner.modules())
+        self.term = f"{TERM}_{others + 1}" if others else TERM
         # In a tuple it is no submodule: a teacher is in no checkpoint and no count of parameters.
         self._teacher = (teacher,)
 
@@ -244,11 +247,11 @@ class _Distilled(Shaped):
             scaled = replace(primary, coefficient=primary.coefficient * method.primary_weight)
             losses = losses.with_term(losses.primary, scaled)
         weights = _counted(batch).to(values)
-        return losses.with_term(TERM, Term(values, weights, method.weight))
+        return losses.with_term(self.term, Term(values, weights, method.weight))
 
     def weight_sums(self, batch: Batch) -> Mapping[str, float]:
         """The inner weight sums, and the examples that count."""
-        return {**self.inner.weight_sums(batch), TERM: float(_counted(batch).sum())}
+        return {**self.inner.weight_sums(batch), self.term: float(_counted(batch).sum())}
 
     def _states(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs: dict[str, Any] = model_inputs(batch)

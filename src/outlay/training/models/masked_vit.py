@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForMaskedImageModeling, ViTConfig,
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit.modeling_vit import ViTLayer, ViTPreTrainedModel
 
-
 _OF_THE_FILE = ("architectures", "transformers_version")
 
 
@@ -81,7 +80,7 @@ class PatchDecoder(nn.Module):
 
 
 class MaskedViT(ViTPreTrainedModel):
-    """Encoder and decoder of a masked auto-encoder; without `visible`, the encoder on all patches."""
+    """A masked auto-encoder; without `visible`, its encoder on all patches."""
 
     config_class = MaskedViTConfig
 
