@@ -140,7 +140,7 @@ def loss_of(objective, model, batch):
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_progress_in_a_linear_model(strength, steps):
-    """The student goes b (1 + 2 lambda a) / (1 + 2 lambda) of the way to the optimum, from the teacher's a."""
+    """The student goes b (1 + 2 lambda a) / (1 + 2 lambda) of the way, its teacher a."""
     rate = 0.25
     teacher, _, plain, batch = linear(0.0, 0.0, weight=0.0, primary_weight=1.0)
     for _ in range(steps):
