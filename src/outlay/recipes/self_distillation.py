@@ -69,6 +69,8 @@ def self_distillation(
             f"{fine_tune.task} splits its rows by their targets, which {task} does not read",
             "give data.validation and data.test as files",
         )
+    budget = Budget.parse(budget)
+    teacher_budget = budget if teacher_budget is None else Budget.parse(teacher_budget)
     students = [f"student-{index}" for index in range(1, rounds + 1)]
     shared = {
         "task": task,
@@ -79,7 +81,7 @@ def self_distillation(
     penalty = registry.build(distillation)
     stages = [
         StageSpec(
-            name="teacher", start="original", methods=(_LOG,), budget=teacher_budget or budget,
+            name="teacher", start="original", methods=(_LOG,), budget=teacher_budget,
             **shared,
         )
     ]  # fmt: skip

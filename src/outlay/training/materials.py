@@ -126,7 +126,7 @@ def _add_tokens(recipe: Recipe, tokenizer: Any) -> tuple[str, ...]:
     methods = [*recipe.methods, *(method for some in stages for method in some)]
     added: list[str] = []
     tasks = {recipe.task, *(stage.task for stage in recipe.stages)}
-    if MASKED_TEXT in tasks and tokenizer is not None and tokenizer.mask_token_id is None:
+    if MASKED_TEXT in tasks and getattr(tokenizer, "mask_token_id", 0) is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         added.append(MASK_TOKEN)
     for method in methods:
