@@ -56,6 +56,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         "ul2(preset='s20', split='uniform', roll=True, sentinels=20)",
         "ul2(denoisers=(('R', 3, 0.15), ('S', 1.0)), mode_tokens=False, sentinels=20)",
     ),
+    "feature_distillation": (
+        "feature_distillation(teacher='original', pool='mean')",
+        "feature_distillation(teacher='original', pool='tokens', distance='cosine', layer=1)",
+        "feature_distillation(teacher='original', pool='mean', view='corrupted', weight=0.5)",
+    ),
+    "distance_to_initial": ("distance_to_initial(every=2)",),
     "mode_token": ("mode_token", "mode_token(mode='[S2S]')"),
     "sltrain": (
         "sltrain(rank=8, density=0.1)",
@@ -152,6 +158,9 @@ BY_WEIGHTS: frozenset[str] = frozenset(
         "lamda(r=4, allocate='energy_threshold', freeze_fraction=0.5)",
     }
 )
+
+# Methods that only look: a run ends at the same weights with and without them.
+OBSERVERS: frozenset[str] = frozenset({"distance_to_initial"})
 
 # A stand-in of every way of changing a layer: pairs are formed of these.
 PAIRED: dict[str, tuple[str, ...]] = {

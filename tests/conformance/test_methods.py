@@ -20,8 +20,8 @@ from outlay.training.recipe import Recipe
 
 SPECS = settings.specs()
 METHODS = sorted(name for name, entry in registry.entries().items() if entry.kind == "method")
-# A tokenizer from scratch has no mode token.
-pytestmark = pytest.mark.filterwarnings("ignore:mode_token")
+# A tokenizer from scratch has no mode token; no stage before this one can be the teacher.
+pytestmark = pytest.mark.filterwarnings("ignore:mode_token", "ignore:feature_distillation")
 each = pytest.mark.parametrize("spec", SPECS)
 everywhere = pytest.mark.parametrize(
     ("shape", "spec"),

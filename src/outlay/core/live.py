@@ -416,7 +416,7 @@ class Live:
             return
         optimizer, group, _ = slot
         resting = getattr(optimizer, "resting", None)
-        rest = resting(group) if callable(resting) else {}
+        rest: Any = resting(group) if callable(resting) else {}
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 value.masked_fill_(~mask.keep, rest.get(key, 0.0))

@@ -22,7 +22,7 @@ NOT_INPUTS = frozenset(
     {
         "labels", "ids", "domains", "visits", "example_weights", "segment_ids", "clean",
         "completion", "prompt", "rewards", "raw_rewards", "advantages", "log_probs",
-        "bidirectional", "denoiser_id",
+        "bidirectional", "denoiser_id", "masked",
     }
 )  # fmt: skip
 

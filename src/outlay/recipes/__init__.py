@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,16 +11,18 @@ from ..core.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
 
-# Names are known without importing what a recipe needs.
+# Module and function by name, known without importing what a recipe needs.
 _HOMES = {
-    "digits-cnn": "digits_cnn",
-    "digits-then-fashion": "digits_then_fashion",
-    "digits-vit": "digits_vit",
-    "glass-lm": "glass_lm",
-    "pretrain-lm": "pretrain_lm",
-    "minilm-questions": "minilm_questions",
-    "minilm-questions-full": "minilm_questions_full",
-    "minilm-reviews": "minilm_reviews",
+    "digits-cnn": ("usual", "digits_cnn"),
+    "digits-self-distillation": ("self_distillation", "digits_self_distillation"),
+    "digits-then-fashion": ("usual", "digits_then_fashion"),
+    "digits-vit": ("usual", "digits_vit"),
+    "glass-lm": ("usual", "glass_lm"),
+    "pretrain-lm": ("usual", "pretrain_lm"),
+    "minilm-questions": ("usual", "minilm_questions"),
+    "minilm-questions-full": ("usual", "minilm_questions_full"),
+    "minilm-reviews": ("usual", "minilm_reviews"),
+    "minilm-self-distillation": ("self_distillation", "minilm_self_distillation"),
 }
 
 
@@ -34,15 +37,14 @@ def function(name: str) -> Callable[[], Recipe]:
     Raises:
         ConfigError: If no recipe has that name.
     """
-    from . import usual
-
     plain = name.strip().lower().replace("_", "-")
     if plain not in _HOMES:
         raise ConfigError(
             f"no recipe is called {name!r}",
             f"{nearest(plain, _HOMES)}known: {', '.join(names())}, or give a YAML file",
         )
-    return getattr(usual, _HOMES[plain])
+    module, called = _HOMES[plain]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), called)
 
 
 def get(name: str) -> Recipe:

@@ -31,8 +31,9 @@ from ..core.method import (
     seed_of,
 )
 from .backend import OneDevice
-from .data.batch import Drawer, padded, presented
+from .data.batch import Drawer, measured, padded
 from .data.columns import Row
+from .data.corruption import Corruption
 from .data.pool import Pool
 from .data.tasks import TaskPool, first_steps
 from .frozen import PrefixStore, freeze_for, frozen_prefix
@@ -56,7 +57,8 @@ class Assembly:
         watchers: In the order they act.
         tokenizer: The run's tokenizer.
         splits: Encoded examples of "validation" and "test".
-        original: Ids of the parameters before adapting.
+        context: Facts and services of the stage.
+        corruption: The task's own, for evaluation.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Assembly:
     tokenizer: Any
     splits: dict[str, Sequence[Example]]
     context: Context
+    corruption: Corruption | None = None
 
     def batches(self, split: str) -> Iterator[Batch]:
         """Evaluation batches of a split, in its order."""
@@ -81,7 +84,7 @@ class Assembly:
         size = self.recipe.evaluate.batch
         for start in range(0, len(examples), size):
             chunk = [
-                presented(examples[index], methods, self.context)
+                measured(examples[index], methods, self.context, self.corruption)
                 for index in range(start, min(start + size, len(examples)))
             ]
             yield self.loop.backend.place(padded(chunk, pad, spec.pad_to, spec.length))
@@ -179,6 +182,7 @@ def assemble(
     flops: FlopTable | None = None,
     prefix: bool = True,
     prefixes: dict[str, PrefixStore] | None = None,
+    corruption: Corruption | None = None,
 ) -> Assembly:
     """Put one stage together.
 
@@ -198,6 +202,7 @@ def assemble(
         kept: Tensors of passes made once, from a checkpoint.
         flops: FLOP table to share between runs of equal shape.
         prefixes: What frozen lower layers gave in earlier runs.
+        corruption: The task's own.
         prefix: False leaves `model.cache_frozen` to the caller.
 
     Raises:
@@ -261,7 +266,9 @@ def assemble(
     if prefix and getattr(recipe.model, "cache_frozen", False):
         gradients.prefix = frozen_prefix(model, methods, prefixes)
     on_batch = [m for m in methods if isinstance(m, OnBatch)]
-    drawer = Drawer(chosen, recipe.batch, on_batch, context, model, "clean" in context.requests)
+    drawer = Drawer(
+        chosen, recipe.batch, on_batch, context, model, "clean" in context.requests, corruption
+    )
     loop = Loop(
         live=live,
         drawer=drawer,
@@ -276,7 +283,9 @@ def assemble(
         p.numel() for _, p in live.named_parameters() if p.requires_grad
     )
     meter.facts["total_parameters"] = sum(p.numel() for p in model.parameters())
-    return Assembly(recipe, model, shaped, plain, live, loop, watchers, tokenizer, splits, context)
+    return Assembly(
+        recipe, model, shaped, plain, live, loop, watchers, tokenizer, splits, context, corruption
+    )
 
 
 def _watchers(methods: Sequence[Method], live: Live, inside: bool) -> list[Watcher]:

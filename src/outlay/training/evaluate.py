@@ -18,6 +18,7 @@ from ..core.losses import Batch, Objective, model_inputs
 from ..core.method import Step
 from .data.labels import Labels
 from .objectives import IGNORED
+from .specs import MASKED, MASKED_IMAGES, MASKED_TEXT
 
 Around = Callable[[Batch], contextlib.AbstractContextManager[Any]]
 Columns = dict[str, list[Any]]
@@ -32,6 +33,8 @@ _MAIN = {
     "regression": ("rmse", False),
     "causal-language-modeling": ("loss", False),
     "sequence-to-sequence": ("loss", False),
+    MASKED_TEXT: ("loss", False),
+    MASKED_IMAGES: ("loss", False),
 }
 _LOWER = ("loss", "rmse", "mae", "perplexity", "bits_per_byte")
 METRICS = {
@@ -41,6 +44,8 @@ METRICS = {
     "regression": ("loss", "rmse", "mae", "r2", "pearson"),
     "causal-language-modeling": ("loss", "perplexity", "bits_per_byte", "next_token_accuracy"),
     "sequence-to-sequence": ("loss", "perplexity", "bits_per_byte", "next_token_accuracy"),
+    MASKED_TEXT: ("loss", "perplexity", "masked_token_accuracy"),
+    MASKED_IMAGES: ("loss",),
 }
 
 
@@ -49,7 +54,8 @@ class Evaluation:
     """Metrics by name, and a table with one entry an item in every column.
 
     Attributes:
-        metrics: `loss` in nats (per token in language modeling), and the task's own.
+        metrics: `loss` in nats (per token in language modeling; the squared error of a hidden patch
+            of an image), and the task's own.
         table: Columns `id`, `domain`, `loss` and `weight`; with classes `prediction`, `target`
             and `correct`; with targets `prediction` and `target` in the target's unit; with
             tokens `tokens`, `correct` (both counts) and `bytes` where they are known.
@@ -168,6 +174,8 @@ def _items(
         return {"prediction": held.tolist(), "target": targets.long().tolist()}
     if task == "regression":
         return {"prediction": _in_units(logits, labels), "target": _in_units(targets, labels)}
+    if task == MASKED_IMAGES:
+        return {}
     known = targets != IGNORED
     right = (logits.argmax(-1) == targets) & known
     columns: Columns = {"tokens": known.sum(1).tolist(), "correct": right.sum(1).tolist()}
@@ -192,7 +200,12 @@ def _metrics(task: str, table: Columns, labels: Labels, nats: float) -> dict[str
         return _label_metrics(table)
     if task == "regression":
         return _target_metrics(table)
-    return language_metrics(table)
+    if task == MASKED_IMAGES:
+        return {}
+    metrics = language_metrics(table)
+    if task == MASKED_TEXT:
+        metrics["masked_token_accuracy"] = metrics.pop("next_token_accuracy")
+    return metrics
 
 
 def language_metrics(table: Columns) -> dict[str, float]:
@@ -311,16 +324,19 @@ def predictions(
         `id` and: with classes `prediction` and `probabilities` by name; with several labels
         the list of those with a probability of at least 0.5, and all probabilities; with
         targets `prediction` in the target's unit (by name if there are several); with tokens
-        `loss` (nats per token), `tokens` and `perplexity`.
+        `loss` (nats per token), `tokens` and `perplexity`; with masked images `loss`.
 
     Raises:
         ConfigError: If text is to be scored without an objective.
     """
     labels = labels or Labels()
-    if task in _LANGUAGE:
+    if task in (*_LANGUAGE, *MASKED):
         if objective is None:
-            raise ConfigError("text is scored by an objective", "give the run's objective")
+            raise ConfigError("such rows are scored by an objective", "give the run's objective")
         table = evaluate(model, objective, batches, task, labels, step=step, around=around).table
+        if task == MASKED_IMAGES:
+            yield from ({"id": key, "loss": loss} for key, loss in zip(table["id"], table["loss"]))
+            return
         for key, loss, tokens in zip(table["id"], table["loss"], table["tokens"]):
             yield {"id": key, "loss": loss, "tokens": tokens,
                    "perplexity": math.exp(min(700.0, loss))}  # fmt: skip

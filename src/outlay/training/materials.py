@@ -13,16 +13,18 @@ from ..core.errors import ConfigError
 from ..core.losses import Objective
 from ..core.method import Example, OnBatch
 from .data.blocks import blocks
+from .data.corruption import Corruption, corruption_for
 from .data.dataset import Row, Splits, encode, load
 from .data.labels import Labels
 from .frozen import PrefixStore
 from .models.export import fingerprint
-from .models.load import load_model
+from .models.load import load_model, patches_of
 from .models.tokens import tokenizer_of, train_tokenizer
 from .objectives import objective_for
 from .recipe import Recipe
-from .specs import ModelSpec
+from .specs import MASKED_TEXT, ModelSpec
 
+MASK_TOKEN = "[MASK]"  # added where a masked task's tokenizer has none
 _MODEL_SEED = 0  # the fingerprint is of the pre-trained weights, whatever the run's seed
 
 
@@ -41,6 +43,7 @@ class Materials:
         model_fingerprint: Content hash of the plain model; empty if only planned.
         counts: Rows read, kept and dropped.
         prefixes: What frozen lower layers gave, shared by the runs.
+        patches: Patches that the model cuts an image into; 0 if it reads none.
         trained_tokenizer: The tokenizer that was trained for this run, as text, before methods
             added tokens; empty if the model brought one.
     """
@@ -56,6 +59,7 @@ class Materials:
     counts: dict[str, Any] = field(default_factory=dict)
     prefixes: dict[str, PrefixStore] = field(default_factory=dict)
     trained_tokenizer: str = ""
+    patches: int = 0
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
@@ -88,6 +92,10 @@ class Materials:
         """The task's objective, or the live one that the recipe holds."""
         return objective_for(recipe.task, recipe.objective, self.labels, requests)
 
+    def corruption(self, recipe: Recipe) -> Corruption | None:
+        """How the recipe's task corrupts an example, if it does."""
+        return corruption_for(recipe.task, recipe.objective, self.tokenizer, self.patches)
+
 
 def shown_length(recipe: Recipe) -> int:
     """Tokens of an example before methods show it, so that it fits `batch.length`."""
@@ -117,6 +125,10 @@ def _add_tokens(recipe: Recipe, tokenizer: Any) -> tuple[str, ...]:
     stages = (stage.methods or () for stage in recipe.stages)
     methods = [*recipe.methods, *(method for some in stages for method in some)]
     added: list[str] = []
+    tasks = {recipe.task, *(stage.task for stage in recipe.stages)}
+    if MASKED_TEXT in tasks and getattr(tokenizer, "mask_token_id", 0) is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        added.append(MASK_TOKEN)
     for method in methods:
         # A method sees the tokens of those before it, of earlier stages too.
         wanted = method.tokens(tokenizer) if isinstance(method, OnBatch) else ()
@@ -157,7 +169,7 @@ def load_materials(
     if run is None and isinstance(recipe.model, ModelSpec) and recipe.model.trains_tokenizer:
         trained = tokenizer_text or train_tokenizer(splits.train, recipe.model.vocabulary)
         tokenizer = tokenizer_of(trained)
-    digest = ""
+    digest, patches = "", 0
     if isinstance(recipe.model, ModelSpec):
         model, own = load_model(
             recipe.model,
@@ -170,8 +182,10 @@ def load_materials(
         )
         tokenizer = tokenizer or own
         digest = "" if hollow else fingerprint(model)
+        patches = patches_of(model.config)
     elif isinstance(recipe.model, nn.Module):
         digest = fingerprint(recipe.model)
+        patches = patches_of(getattr(recipe.model, "config", None))
     added: tuple[str, ...] = () if run is None else run.added
     added = (*added, *_add_tokens(recipe, tokenizer))
 
@@ -195,4 +209,5 @@ def load_materials(
         model_fingerprint=digest,
         counts=splits.counts,
         trained_tokenizer=trained,
+        patches=patches,
     )

@@ -10,6 +10,7 @@ the tokens that are not padding, (batch, width)).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..core.errors import ConfigError, Conflict, nearest
 from ..core.losses import Batch, Losses, Objective, Term, model_inputs
 from ..core.method import Step
 from .data.labels import Labels
+from .specs import MASKED_IMAGES, MASKED_TEXT
 
 IGNORED = -100
 # Requests that others answer: the batch before corruption, and what every objective gives.
@@ -59,7 +61,8 @@ class TaskObjective(Objective):
 
     def weight_sums(self, batch: Batch) -> Mapping[str, float]:
         """Sum of the weights that `forward` will return for this batch, added in float64."""
-        return {self.term: float(self.weights(batch).sum(dtype=_widest(batch["labels"])))}
+        weights = self.weights(batch)
+        return {self.term: float(weights.sum(dtype=_widest(weights)))}
 
     def inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """What the model is called with."""
@@ -82,8 +85,8 @@ class TaskObjective(Objective):
         raise NotImplementedError
 
 
-def _widest(labels: Tensor) -> torch.dtype:
-    return torch.float32 if labels.device.type == "mps" else torch.float64
+def _widest(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _requested(name: str, output: Any, batch: Batch) -> Tensor:
@@ -364,6 +367,51 @@ class SequenceToSequenceObjective(TokenObjective):
         return inputs
 
 
+class MaskedImageObjective(TaskObjective):
+    r"""Squared error of the pixels of patches that were not seen (arXiv:2111.06377, section 3).
+
+    The value of a patch is $\frac{1}{n} \sum_i (\hat x_i - \tilde x_i)^2$ over its $n$ pixels and
+    channels; $\tilde x$ is the patch less its mean, over its standard deviation.
+
+    Args:
+        labels: Not read: there are none.
+        normalize_pixels: False predicts the pixels as they are.
+        requests: Outputs that methods ask for.
+    """
+
+    term = "squared_error"
+
+    def __init__(
+        self,
+        labels: Labels | None = None,
+        normalize_pixels: bool = True,
+        requests: set[str] | None = None,
+    ) -> None:
+        super().__init__(requests)
+        self.normalize_pixels = normalize_pixels
+
+    def targets(self, batch: Batch) -> Float[Tensor, "batch patches pixels"]:
+        """Pixels of every patch, rows before columns, channels last; patches are square."""
+        pixels = batch["pixel_values"]
+        side = math.isqrt(pixels.shape[2] * pixels.shape[3] // batch["masked"].shape[1])
+        cut = pixels.unfold(2, side, side).unfold(3, side, side)
+        patches = cut.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        if not self.normalize_pixels:
+            return patches
+        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, correction=0, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def weights(self, batch: Batch) -> Float[Tensor, "batch patches"]:
+        """1 for every patch that was not seen."""
+        return _by_example(batch["masked"].float(), batch)
+
+    def values(
+        self, logits: Float[Tensor, "batch patches pixels"], targets: Tensor
+    ) -> Float[Tensor, "batch patches"]:
+        """Mean squared error of each patch."""
+        return (logits - targets).square().mean(-1)
+
+
 def decoder_tokens(model: nn.Module) -> tuple[int, int]:
     """(start, pad) token ids of an encoder-decoder's decoder.
 
@@ -394,6 +442,18 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
+def _open_share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ConfigError(f"objective.{name} = {value!r} is not allowed", "give a number in (0, 1)")
+    return float(value)
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"objective.{name} = {value!r} is not allowed", "give true or false")
+    return value
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise ConfigError(f"objective.{name} = {value!r} is not allowed", "give a number > 0")
@@ -422,7 +482,13 @@ SETTINGS: Mapping[str, tuple[type[TaskObjective], Checks]] = {
     "regression": (RegressionObjective, {"loss": _one_of("mse", "huber"), "delta": _positive}),
     "causal-language-modeling": (CausalObjective, _TOKENS),
     "sequence-to-sequence": (SequenceToSequenceObjective, _TOKENS),
-}
+    MASKED_TEXT: (TokenObjective, {**_TOKENS, "mask_ratio": _open_share}),
+    MASKED_IMAGES: (
+        MaskedImageObjective, {"mask_ratio": _open_share, "normalize_pixels": _truth}
+    ),
+}  # fmt: skip
+# Settings that say how examples are corrupted: checked here, used by `data.corruption`.
+_OF_CORRUPTION = ("mask_ratio",)
 
 
 def objective_for(
@@ -436,7 +502,8 @@ def objective_for(
     Args:
         task: One of `recipe.TASKS`.
         settings: `label_smoothing` (classification, language modeling), `average` ("tokens" or
-            "sequences"; language modeling), `loss` ("mse" or "huber") and `delta` (regression).
+            "sequences"; language modeling), `loss` ("mse" or "huber") and `delta` (regression),
+            `mask_ratio` (masked modeling), `normalize_pixels` (of images).
         labels: The label space; class weights and target scales come from it.
         requests: Outputs that methods ask for, shared and read at every call.
 
@@ -457,6 +524,8 @@ def objective_for(
                 f"{nearest(name, checks)}known here: {known}",
             )
         chosen[name] = checks[name](name, value)
+    for name in _OF_CORRUPTION:
+        chosen.pop(name, None)
     if not issubclass(kind, TokenObjective):
         chosen["labels"] = labels
     return kind(requests=requests, **chosen)

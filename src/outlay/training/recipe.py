@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ..core.budget import CAPS, Budget
 from ..core.errors import ConfigError, nearest
 from .specs import (
+    MASKED,
     BatchSpec,
     DataSpec,
     Duration,
@@ -127,6 +128,8 @@ class Recipe(Spec):
             raise ValueError(f"batch.packing is for causal-language-modeling, not {self.task}")
         if self.batch.packing and getattr(self.model, "cache_frozen", False):
             raise ValueError("model.cache_frozen keeps whole rows; leave batch.packing out")
+        if self.task in MASKED and getattr(self.model, "cache_frozen", False):
+            raise ValueError(f"{self.task} hides other parts each time: no model.cache_frozen")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have one name: {names}")

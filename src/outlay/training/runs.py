@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.budget import Budget
-from ..core.errors import ConfigError, Conflict, NoEffect, OutlayError
+from ..core.errors import CheckpointError, ConfigError, Conflict, NoEffect, OutlayError
 from ..core.meter import FlopTable, Meter
 from ..core.method import OnStep
 from . import checkpoint
@@ -34,6 +34,7 @@ from .backend import OneDevice
 from .keeper import Keeper, Progress, Silent
 from .log import Log, Tracker
 from .materials import Materials, load_materials, raw_length, shown_length
+from .models.export import fingerprint
 from .recipe import Recipe
 from .specs import Spec, StageSpec
 
@@ -331,6 +332,8 @@ class Runner:
         source = stage.start
         if source == "previous" and index > 0:
             source = f"stage:{self.recipe.stages[index - 1].name}"
+        if self.recipe.stages and source in ("original", "previous"):
+            self._same_original(recipe, model, stage.name)
         if source.startswith("stage:"):
             report = transfer(model, self._exported(source.removeprefix("stage:")))
             if report["skipped"] or report["missing"]:
@@ -339,6 +342,22 @@ class Runner:
                     f"{len(report['skipped'])} skipped, {len(report['missing'])} new"
                 )
         return model
+
+    def _same_original(self, recipe: Recipe, model: nn.Module, stage: str) -> None:
+        """Refuse to start again from an original that is not what it was."""
+        place = self.folder / "originals.json"
+        known = json.loads(place.read_text()) if place.exists() else {}
+        source = recipe.model.model_dump() if isinstance(recipe.model, Spec) else recipe.id
+        key = hashlib.sha256(json.dumps([source, recipe.task]).encode()).hexdigest()[:16]
+        digest = fingerprint(model)
+        if known.get(key, digest) != digest:
+            raise CheckpointError(
+                f"stage {stage!r} starts from the original, and its weights are not those that an "
+                "earlier stage started from",
+                "put the model's folder back as it was, or start the run anew",
+            )
+        if key not in known:
+            checkpoint.write_json(place, known | {key: digest})
 
     def _exported(self, name: str) -> dict[str, Tensor]:
         return checkpoint.read_folder(self.folder / "stages" / name)["model"]
@@ -397,6 +416,7 @@ class Runner:
             kept=kept,
             flops=self.flops,
             prefixes=materials.prefixes,
+            corruption=materials.corruption(recipe),
         )
 
     def _stage(

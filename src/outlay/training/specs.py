@@ -19,6 +19,8 @@ TASKS = (
     "causal-language-modeling",
     "sequence-to-sequence",
     "image-classification",
+    "masked-language-modeling",
+    "masked-image-modeling",
 )
 Task = Literal[
     "sequence-classification",
@@ -27,7 +29,13 @@ Task = Literal[
     "causal-language-modeling",
     "sequence-to-sequence",
     "image-classification",
+    "masked-language-modeling",
+    "masked-image-modeling",
 ]
+# Tasks whose targets are made from the inputs: parts of them are hidden and predicted.
+MASKED_TEXT, MASKED_IMAGES = "masked-language-modeling", "masked-image-modeling"
+MASKED = (MASKED_TEXT, MASKED_IMAGES)
+IMAGES = ("image-classification", MASKED_IMAGES)
 
 
 class Spec(BaseModel):

@@ -15,6 +15,7 @@ from ...core.errors import Conflict, DataError
 from ...core.losses import Batch
 from ...core.method import Context, Draw, Example, OnBatch, Step, generator_of
 from ..specs import BatchSpec
+from .corruption import Corruption
 from .pool import Pool
 
 Layout = Callable[[list[Example], Draw, Step], Batch]
@@ -74,6 +75,19 @@ def presented(example: Example, methods: Sequence[OnBatch], context: Context) ->
     for method in methods:
         example = method.present(example, context)
     return example
+
+
+def measured(
+    example: Example,
+    methods: Sequence[OnBatch],
+    context: Context,
+    corruption: Corruption | None = None,
+) -> Example:
+    """An example as it is evaluated: the task hides the same parts of it in every run."""
+    example = presented(example, methods, context)
+    if corruption is None:
+        return example
+    return corruption(example, generator_of("evaluation", "corruption", example["id"]))
 
 
 def by_token(key: str, values: Sequence[Any], examples: Sequence[Example]) -> bool:
@@ -148,6 +162,8 @@ class Drawer:
         context: The run's context.
         model: Handed to pools whose examples the model writes.
         clean: Keep each example as it was before corruption under `clean`.
+        corruption: The task's own, after the methods; a method that claims `example.corruption`
+            takes its place.
 
     Raises:
         Conflict: If two methods lay out batches, or one does and packing is on.
@@ -161,9 +177,12 @@ class Drawer:
         context: Context,
         model: Any = None,
         clean: bool = False,
+        corruption: Corruption | None = None,
     ) -> None:
         self.pool, self.spec, self.methods, self.context = pool, spec, methods, context
         self.model, self.clean = model, clean
+        claimed = {claim.word for method in methods for claim in method.claims(None)}
+        self.corruption = None if "example.corruption" in claimed else corruption
         found = [(m.card.name, layout) for m in methods if (layout := m.layout(context))]
         if len(found) > 1:
             raise Conflict(
@@ -264,6 +283,8 @@ class Drawer:
         original = example = presented(example, self.methods, self.context)
         for method in self.methods:
             example = method.transform(example, self._stream, step, self.context)
+        if self.corruption is not None:
+            example = self.corruption(example, self._stream(example, "corruption"))
         if self.clean and "clean" not in example:
             example = {**example, "clean": original}
         return example

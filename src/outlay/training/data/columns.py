@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.errors import DataError, nearest
-from ..specs import DataSpec
+from ..specs import IMAGES, MASKED, MASKED_TEXT, DataSpec
 from .readers import Table
 
 Row = dict[str, Any]
@@ -75,12 +75,24 @@ def find_columns(spec: DataSpec, task: str, table: Table, labeled: bool = True) 
         key: optional(getattr(spec, key), key) or (key if table.keyed and key in present else "")
         for key in ("id", "domain", "date")
     }
-    if task == "image-classification":
+    if task in MASKED:
+        # A class that is there is never learned, but it decides the splits: what another stage is
+        # tested on must not be seen by this one.
+        classes = () if spec.labels else _label_columns(spec, "label", column, False, present)
+        shared = {**shared, "labels": classes}
+    if task == MASKED_TEXT:
+        return Columns(
+            text=column(spec.text, "text", "text"),
+            text_pair=optional(spec.text_pair, "text_pair"),
+            **shared,
+        )
+    if task in IMAGES:
         usual = next(
             (n for n in ("pixel_values", "image", "pixels") if n in present), "pixel_values"
         )
-        label = _label_columns(spec, "label", column, labeled, present)
-        return Columns(pixels=column(spec.text, "text", usual), labels=label, **shared)
+        if task not in MASKED:
+            shared |= {"labels": _label_columns(spec, "label", column, labeled, present)}
+        return Columns(pixels=column(spec.text, "text", usual), **shared)
     if task in TEXT_TASKS:
         several = task == "multi-label-classification" or spec.labels is not None
         label = _label_columns(spec, "labels" if several else "label", column, labeled, present)
@@ -154,7 +166,7 @@ def rows_of(
         row |= _inputs(raw, columns, where)
         if columns.labels:
             label = _label(raw, columns, task, table, where)
-            if label is None and labeled:
+            if label is None and labeled and task not in MASKED:
                 raise DataError(
                     f"{where}: no label in column {columns.labels[0]!r}",
                     "label the row or leave it out",
@@ -277,6 +289,10 @@ def _label(raw: Mapping[str, Any], columns: Columns, task: str, table: Table, wh
             return None
         return numbers[0] if len(numbers) == 1 else numbers
     first = columns.labels[0]
+    if task in MASKED:
+        value = raw.get(first)
+        real = isinstance(value, float) and not value.is_integer()
+        return None if real else class_name(value, where, first, table.classes.get(first))
     if task in CLASSES:
         return class_name(raw.get(first), where, first, table.classes.get(first))
     if columns.listed:

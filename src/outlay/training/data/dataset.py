@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, DataError, nearest
-from ..specs import DataSpec
+from ..specs import MASKED, DataSpec
 from .columns import CLASSES, Columns, Row, find_columns, rows_of
 from .encode import encode
 from .labels import Labels, sorted_names
@@ -21,6 +21,7 @@ from .tasks import load_tasks
 __all__ = ["Splits", "encode", "load", "load_rows"]
 
 _LANGUAGE = ("causal-language-modeling", "sequence-to-sequence")
+_UNLABELED = (*_LANGUAGE, *MASKED)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _labels(
     columns: Columns,
 ) -> Labels:  # fmt: skip
     train = found["train"]
-    if task in _LANGUAGE:
+    if task in _UNLABELED:
         names: tuple[str, ...] = ()
     elif task == "regression":
         names = columns.labels
@@ -265,7 +266,7 @@ def _labels(
     else:
         names = sorted_names({row["label"] for row in train})
     few = 2 if task in CLASSES else 1
-    if task not in _LANGUAGE and len(names) < few:
+    if task not in _UNLABELED and len(names) < few:
         raise DataError(
             f"{tables['train'].name} has {len(names)} kinds of label in column "
             f"{columns.labels[0]!r}",
@@ -279,7 +280,7 @@ def _labels(
 def _known_labels(
     found: Mapping[str, Sequence[Row]], tables: Mapping[str, Table], names: Sequence[str], task: str
 ) -> None:
-    if task in (*_LANGUAGE, "regression"):
+    if task in (*_UNLABELED, "regression"):
         return
     known = set(names)
     for split, rows in found.items():
@@ -335,7 +336,7 @@ def _with_statistics(labels: Labels, train: Sequence[Row], spec: DataSpec, task:
     wanted = spec.class_weights
     if wanted is None:
         return labels
-    if task in _LANGUAGE or task == "regression":
+    if task in _UNLABELED or task == "regression":
         raise ConfigError(f"data.class_weights does not go with {task}", "leave it out")
     if wanted == "balanced":
         weights = _balanced(labels, train, task)

@@ -9,6 +9,7 @@ from ...core.errors import ConfigError, DataError
 from ...core.method import Example
 from ..models.quiet import quiet_transformers
 from ..objectives import IGNORED
+from ..specs import IMAGES, MASKED
 from .columns import Row
 from .labels import Labels
 
@@ -46,7 +47,7 @@ def encode(
         DataError: If the tokenizer's chat template cannot be cut into turns.
     """
     labels = labels or Labels()
-    if task == "image-classification":
+    if task in IMAGES:
         import torch
 
         return [
@@ -75,7 +76,7 @@ def _identity(row: Row) -> Example:
 
 
 def _target(row: Row, task: str, labels: Labels) -> Example:
-    if "label" not in row:
+    if "label" not in row or task in MASKED:
         return {}
     label, index = row["label"], labels.label2id
     if task == "regression":

@@ -34,7 +34,8 @@ def strata(rows: Sequence[dict[str, Any]], task: str) -> list[Hashable]:
             tenth[index] = rank * 10 // len(rows)
         return [tenth[index] for index in range(len(rows))]
     if rows and "label" in rows[0]:
-        return [tuple(r["label"]) if isinstance(r["label"], list) else r["label"] for r in rows]
+        labels = [r.get("label") for r in rows]
+        return [tuple(label) if isinstance(label, list) else label for label in labels]
     return [row["domain"] for row in rows]
 
 

@@ -19,7 +19,7 @@ from ...core.errors import ConfigError
 from ...core.method import seed_of
 from ...nn.targets import head_modules
 from ..data.labels import Labels
-from ..specs import ModelSpec
+from ..specs import IMAGES, MASKED_IMAGES, MASKED_TEXT, ModelSpec
 from .export import fingerprint, save_model
 from .heads import fit_head, fresh_parameters, scale_head, start_at_mean
 from .quiet import quiet_transformers
@@ -35,7 +35,7 @@ from .tokens import (
 
 __all__ = [
     "byte_tokenizer", "fingerprint", "grow_rows", "grow_tokens", "load_model", "load_tokenizer",
-    "save_model", "scale_head", "token_bytes", "with_padding",
+    "patches_of", "save_model", "scale_head", "token_bytes", "with_padding",
 ]  # fmt: skip
 
 _PROBLEM = {
@@ -51,6 +51,8 @@ _AUTO = {
     "causal-language-modeling": "AutoModelForCausalLM",
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
+    MASKED_TEXT: "AutoModelForMaskedLM",
+    MASKED_IMAGES: "AutoModelForMaskedImageModeling",
 }
 
 
@@ -89,13 +91,14 @@ def load_model(
         ConfigError: If the folder, the task and the settings do not go together.
         MissingAsset: If a packaged model is not installed.
     """
-    labels = labels or Labels()
+    labels = Labels() if labels is None else labels
     folder = _folder(spec, base)
     config = None if folder is None else _config(folder)
-    if task != "image-classification" and tokenizer is None:
+    if task not in IMAGES and tokenizer is None:
         tokenizer = _tokenizer(spec, folder, base)
     if config is None:
         config = scratch_config(spec, task, labels, tokenizer, length)
+    config = _around_encoder(config, task)
     _check(config, task, labels, tokenizer, length, len(added))
     saved = dict(config.id2label or {})
     _settle(config, spec, task, labels, tokenizer)
@@ -157,6 +160,7 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     from . import convnet as _convnet  # noqa: F401 - registers its model type
+    from . import masked_vit as _masked_vit  # noqa: F401
 
     if not folder.is_dir():
         raise ConfigError(
@@ -199,6 +203,27 @@ def _config(folder: Path) -> Any:
     return config
 
 
+def patches_of(config: Any) -> int:
+    """Patches of an image; 0 if the model does not cut images into patches."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if size is None or patch is None:
+        return 0
+    height, width = (size, size) if isinstance(size, int) else size
+    tall, wide = (patch, patch) if isinstance(patch, int) else patch
+    return (height // tall) * (width // wide)
+
+
+def _around_encoder(config: Any, task: str) -> Any:
+    """A ViT as a masked auto-encoder and the other way round, as the task wants it."""
+    from .masked_vit import MaskedViTConfig, masked_config, plain_config
+
+    if task == MASKED_IMAGES and config.model_type == "vit":
+        return masked_config(config)
+    if task != MASKED_IMAGES and isinstance(config, MaskedViTConfig):
+        return plain_config(config)
+    return config
+
+
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
@@ -208,7 +233,7 @@ def _check(config: Any, task: str, labels: Labels, tokenizer: Any, length: int, 
     """Refuse what would fail later, or train without a word on something else."""
     if task in _PROBLEM and not labels.names:
         raise ConfigError(f"{task} needs named labels", "load the data before the model")
-    if task == "image-classification":
+    if task in IMAGES:
         size = getattr(config, "image_size", None)
         wanted = [size, size] if isinstance(size, int) else list(size or ())
         channels = getattr(config, "num_channels", None)
@@ -325,6 +350,10 @@ def _read(
     misfit = {str(entry[0] if isinstance(entry, tuple) else entry)
               for entry in seen["mismatched_keys"]}  # fmt: skip
     heads = head_modules(model)
+    if task == MASKED_TEXT:
+        # Its output embedding is pre-trained, the layers before that may not be there.
+        prefix = getattr(model, "base_model_prefix", "")
+        heads = tuple(name for name, _ in model.named_children() if name != prefix)
     body = sorted(
         name
         for name in missing | misfit

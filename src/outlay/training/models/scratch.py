@@ -14,10 +14,11 @@ TASKS_OF = {
               "causal-language-modeling"),
     "gpt2": ("sequence-classification", "regression", "multi-label-classification",
              "causal-language-modeling"),
-    "bert": ("sequence-classification", "regression", "multi-label-classification"),
+    "bert": ("sequence-classification", "regression", "multi-label-classification",
+             "masked-language-modeling"),
     "t5": ("sequence-classification", "regression", "multi-label-classification",
            "sequence-to-sequence"),
-    "vit": ("image-classification",),
+    "vit": ("image-classification", "masked-image-modeling"),
     "cnn": ("image-classification",),
 }  # fmt: skip
 

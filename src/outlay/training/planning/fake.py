@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
 from ...core.losses import Batch
@@ -42,12 +44,18 @@ def faked(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def assembled(
-    recipe: Recipe, materials: Materials, backend: OneDevice, model: nn.Module
+    recipe: Recipe, materials: Materials, backend: OneDevice, hollow: nn.Module
 ) -> Assembly:
-    """The run put together around a model without storage."""
+    """The run put together around a model without storage, its teachers of the same shape."""
+
+    def fresh(_: str = "") -> nn.Module:
+        with unset_fake_temporarily():
+            spare = copy.deepcopy(hollow)
+        return faked(spare, backend.device)
+
     return assemble(
         recipe,
-        model=model,
+        model=fresh(),
         tokenizer=materials.tokenizer,
         objective=lambda requests: materials.objective(recipe, requests),
         train=materials.train,
@@ -56,6 +64,7 @@ def assembled(
         meter=Meter(),
         backend=backend,
         new_tokens=materials.new_tokens,
+        loader=fresh,
         prefix=False,
     )
 
@@ -90,12 +99,15 @@ def _pass(assembly: Assembly, batch: Batch) -> None:
         value.backward()
 
 
-def _on_device(assembly: Assembly, batch: Batch) -> Batch:
+def _on_device(assembly: Assembly, batch: Batch) -> dict[str, Any]:
     device = assembly.loop.backend.device
-    return {
-        key: torch.empty_like(value, device=device) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
+
+    def empty(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: empty(inner) for key, inner in value.items()}
+        return torch.empty_like(value, device=device) if isinstance(value, Tensor) else value
+
+    return {key: empty(value) for key, value in batch.items()}
 
 
 def step_flops(assembly: Assembly, batch: Batch) -> tuple[float, float]:

@@ -68,6 +68,7 @@ def measure_steps(
         meter=Meter(),
         backend=backend,
         new_tokens=materials.new_tokens,
+        loader=lambda _: backend.place(materials.model(recipe)),
     )
     assembly.loop.gradients.flops.known = _AnyShape()
     assembly.live.engine = assembly.loop

@@ -21,7 +21,7 @@ from ..backend import OneDevice
 from ..materials import Materials, load_materials
 from ..recipe import Recipe
 from ..runs import stage_recipes
-from .fake import assembled, faked, live_bytes, parameter_counts, step_flops
+from .fake import assembled, live_bytes, parameter_counts, step_flops
 from .measure import measure_steps
 from .memory import free_bytes
 from .shapes import drawn_shapes, share_of_new_rows, some_of, spread
@@ -100,7 +100,7 @@ def _plan_stage(recipe: Recipe, measure: bool, device: str, materials: Materials
     widest = max(shapes, key=lambda item: item.cells)
     hollow = materials.model(recipe, hollow=True)
     with FakeTensorMode(allow_non_fake_inputs=True), fakes_move():
-        assembly = assembled(recipe, materials, backend, faked(hollow, backend.device))
+        assembly = assembled(recipe, materials, backend, hollow)
         params = parameter_counts(assembly)
         counted = {shape.key: step_flops(assembly, shape.batch) for shape in some_of(shapes)}
         chain = _chain(recipe, assembly)

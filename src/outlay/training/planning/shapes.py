@@ -45,7 +45,8 @@ def drawn_shapes(recipe: Recipe, materials: Materials) -> list[Shape]:
     context.total_steps = expected_steps(recipe.budget, recipe.batch.size, pool, recipe.task)
     spec = recipe.batch.model_copy(update={"prefetch": 0})
     methods = [m for m in recipe.methods if isinstance(m, OnBatch)]
-    drawer = Drawer(pool, spec, methods, context)
+    corruption = materials.corruption(recipe)
+    drawer = Drawer(pool, spec, methods, context, clean=True, corruption=corruption)
     counts: Counter[Any] = Counter()
     fresh: Counter[Any] = Counter()
     seen: dict[Any, Batch] = {}

@@ -12,7 +12,7 @@ from ...nn.placement import fakes_move
 from ..backend import OneDevice
 from ..materials import Materials
 from ..recipe import Recipe
-from .fake import assembled, faked, live_bytes
+from .fake import assembled, live_bytes
 from .shapes import drawn_shapes
 
 
@@ -72,5 +72,5 @@ def _peak(recipe: Recipe, materials: Materials, backend: OneDevice) -> int:
     widest = max(drawn_shapes(recipe, materials), key=lambda shape: shape.cells)
     hollow = materials.model(recipe, hollow=True)
     with FakeTensorMode(allow_non_fake_inputs=True), fakes_move():
-        assembly = assembled(recipe, materials, backend, faked(hollow, backend.device))
+        assembly = assembled(recipe, materials, backend, hollow)
         return live_bytes(assembly, widest.batch, [])["peak"]
