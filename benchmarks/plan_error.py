@@ -110,8 +110,8 @@ def assembled(recipe: Any, materials: Any) -> Any:
     from outlay.core.meter import FlopTable
     from outlay.training.backend import OneDevice
     from outlay.training.keeper import Silent
-    from outlay.training.runs import Runner
     from outlay.training.specs import StageSpec
+    from outlay.training.stages import Runner
 
     runner = Runner(recipe, materials, Path("."), OneDevice("cpu"), Silent(), (), FlopTable(), {})
     return runner.assembled(StageSpec(name="main", start="original"), recipe, 0, None)

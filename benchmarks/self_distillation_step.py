@@ -37,8 +37,8 @@ from outlay.training.assemble import Assembly
 from outlay.training.backend import OneDevice
 from outlay.training.keeper import Silent
 from outlay.training.materials import load_materials
-from outlay.training.runs import Runner
 from outlay.training.specs import StageSpec
+from outlay.training.stages import Runner
 
 RESULTS = Path(__file__).parent / "results" / "self_distillation_step.json"
 TARGET = 1.05

@@ -25,7 +25,7 @@ from outlay.comparison.verdicts import (
     task_verdict,
 )
 from outlay.core.errors import ConfigError
-from outlay.training.runs import Result
+from outlay.training.result import Result
 
 TASK = "t"
 

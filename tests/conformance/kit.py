@@ -23,8 +23,8 @@ from outlay.training.backend import OneDevice
 from outlay.training.keeper import Silent
 from outlay.training.materials import Materials, load_materials
 from outlay.training.recipe import Recipe
-from outlay.training.runs import Runner
 from outlay.training.specs import StageSpec
+from outlay.training.stages import Runner
 
 WORDS = ("apple", "pear", "plum", "fig", "wave", "salt", "fish", "tide", "saw", "file", "drill")
 

@@ -15,7 +15,7 @@ import outlay
 from outlay.training import checkpoint, runs
 from outlay.training.keeper import Keeper, Silent
 from outlay.training.recipe import Recipe
-from outlay.training.runs import Result
+from outlay.training.result import Result
 
 STEPS = 7
 SPECS = settings.specs()

@@ -26,7 +26,7 @@ from outlay.training import checkpoint
 from outlay.training.backend import OneDevice
 from outlay.training.keeper import Silent
 from outlay.training.materials import load_materials
-from outlay.training.runs import Runner, stage_recipes
+from outlay.training.stages import Runner, stage_recipes
 
 MIM = "masked-image-modeling"
 STEP = Step(0, 0.0, 0)

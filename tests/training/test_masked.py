@@ -27,7 +27,7 @@ from outlay.training.materials import load_materials
 from outlay.training.models.load import load_model, save_model
 from outlay.training.models.tokens import byte_tokenizer
 from outlay.training.objectives import objective_for
-from outlay.training.runs import Runner, stage_recipes
+from outlay.training.stages import Runner, stage_recipes
 
 TEXT, IMAGES = "masked-language-modeling", "masked-image-modeling"
 STEP = Step(0, 0.0, 0)

@@ -67,7 +67,7 @@ def check(
 ) -> None:
     """Check a recipe: every key, type and value, and whether its methods can share a run."""
     from ..core.claims import check as refuse_clashes
-    from ..training.runs import stage_recipes
+    from ..training.stages import stage_recipes
 
     read = open_recipe(recipe)
     for _, stage in stage_recipes(read):

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
-    from ..training.runs import Result
+    from ..training.result import Result
 
 _COUNTED = ("tokens", "flops", "seconds")
 
@@ -25,7 +25,7 @@ def read_result(folder: Path) -> Result:
     Raises:
         ConfigError: If it is not finished, or its record is damaged.
     """
-    from ..training.runs import Result
+    from ..training.result import Result
 
     try:
         return Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))

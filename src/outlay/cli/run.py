@@ -29,7 +29,7 @@ from .options import (
 from .progress import Hidden, progress_for
 
 if TYPE_CHECKING:
-    from ..training.runs import Result
+    from ..training.result import Result
 
 Resumed = Annotated[
     Optional[Path],  # noqa: UP045 - evaluated by Typer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..core.budget import Budget
 from ..training.recipe import Recipe
-from ..training.runs import Result
+from ..training.result import Result
 from .formats import duration, listed, prefixed
 
 Results = Mapping[str, Mapping[int, Result | None]]

@@ -15,7 +15,7 @@ from ..core.errors import ConfigError, nearest
 from ..training.checkpoint import write_json
 from ..training.evaluate import METRICS, main_metric
 from ..training.recipe import Recipe
-from ..training.runs import Result
+from ..training.result import Result
 from . import machine, spreads, tuning
 from . import statistics as st
 from .arms import Arm, arms_of

@@ -18,7 +18,7 @@ from ..training.data.batch import padded
 from ..training.evaluate import classification_metrics
 from ..training.materials import Materials
 from ..training.recipe import Recipe
-from ..training.runs import Result
+from ..training.result import Result
 
 _ROWS = 64  # rows of one forward pass
 

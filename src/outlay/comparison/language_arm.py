@@ -21,7 +21,7 @@ from ..training.materials import Materials
 from ..training.models.load import token_bytes
 from ..training.objectives import IGNORED
 from ..training.recipe import Recipe
-from ..training.runs import Result
+from ..training.result import Result
 
 TASK = "causal-language-modeling"
 

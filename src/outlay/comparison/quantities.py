@@ -12,7 +12,7 @@ from ..core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
-    from ..training.runs import Result
+    from ..training.result import Result
 
 Quantity = Callable[["Recipe", "Result"], float]
 

@@ -13,9 +13,11 @@ from ..core.errors import ConfigError
 from ..core.meter import FlopTable, Meter
 from ..core.method import Step
 from ..training.checkpoint import write_json
+from ..training.keeper import Progress, Silent
 from ..training.materials import Materials, load_materials
 from ..training.recipe import Recipe
-from ..training.runs import Progress, Result, Silent, identity, run
+from ..training.result import Result
+from ..training.runs import identity, run
 from .arms import Arm
 
 _FAILED = "failed.json"

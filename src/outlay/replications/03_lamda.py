@@ -32,7 +32,7 @@ from ._tasks import (
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
-    from ..training.runs import Result
+    from ..training.result import Result
 
 MARGIN = {QUESTIONS: 0.01, GLASS: 0.02}
 HALF = {QUESTIONS: 0.005, GLASS: 0.01}

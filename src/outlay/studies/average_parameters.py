@@ -22,7 +22,8 @@ from ..core.errors import ConfigError, nearest
 from ..nn.masks import average_density
 from ..training.materials import Materials, load_materials
 from ..training.recipe import Recipe
-from ..training.runs import Result, run
+from ..training.result import Result
+from ..training.runs import run
 from ..training.specs import (
     BatchSpec,
     DataSpec,

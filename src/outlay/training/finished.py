@@ -34,8 +34,9 @@ from .materials import Materials, load_materials, shown_length
 from .models.export import save_model
 from .models.tokens import token_bytes
 from .recipe import Recipe
-from .runs import Result, Runner, stage_recipes
+from .result import Result
 from .specs import ModelSpec
+from .stages import Runner, stage_recipes
 
 _TEXTS = ("causal-language-modeling", "sequence-to-sequence")
 

@@ -20,7 +20,7 @@ from ..assemble import Assembly
 from ..backend import OneDevice
 from ..materials import Materials, load_materials
 from ..recipe import Recipe
-from ..runs import stage_recipes
+from ..stages import stage_recipes
 from .fake import assembled, live_bytes, parameter_counts, step_flops
 from .measure import measure_steps
 from .memory import free_bytes
