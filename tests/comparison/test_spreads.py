@@ -43,7 +43,11 @@ def test_earlier_comparisons_of_the_same_kind_come_first(tmp_path):
 def test_every_packaged_recipe_has_a_recorded_spread_for_its_own_metric(tmp_path):
     from outlay.training.evaluate import main_metric
 
-    for name in recipes.names():
+    # A run of the first takes a quarter of an hour; the others have stages, whose methods no arm
+    # changes.
+    without = {"pretrain-lm", "digits-self-distillation", "minilm-self-distillation"}
+    assert without.isdisjoint(spreads.packaged())
+    for name in set(recipes.names()) - without:
         recipe = recipes.get(name)
         metric = f"test/{main_metric(recipe.task)[0]}"
         found = recorded(name, metric, str(recipe.budget), tmp_path)

@@ -16,7 +16,7 @@ STEP = Step(0, 0.0, 0)
 
 def penalty(stage):
     found = stage.live.objective.penalties(stage.model, STEP)
-    return sum(float(value) for value in found.values())
+    return sum(float(value.detach()) for value in found.values())
 
 
 def test_the_initial_weights_without_the_head():
@@ -25,7 +25,7 @@ def test_the_initial_weights_without_the_head():
     start = kit.weights(stage)
     kit.jitter(stage.live)
     moved = sum(
-        float((p - start[n]).square().sum())
+        float((p.detach() - start[n]).square().sum())
         for n, p in stage.live.named_parameters()
         if not n.startswith("classifier.")
     )

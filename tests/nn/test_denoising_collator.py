@@ -111,6 +111,8 @@ def test_one_denoiser_among_seven_is_that_denoiser_alone(tokenizer):
         assert equal(first, plain(some)) and equal(first, alone(some))
 
 
+# On one core torch advises against two workers.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing_and_epochs_do(tokenizer):
     collate = MixtureOfDenoisers(tokenizer, 64)
     data = indexed()
