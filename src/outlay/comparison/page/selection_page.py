@@ -13,8 +13,9 @@ svg { max-width: 100%; height: auto; display: block; font: 12px/1.3 var(--sans);
 svg text { fill: var(--soft); } svg .all { fill: var(--rule); } svg .kept { fill: var(--accent); }
 table { border-collapse: collapse; font: 0.875rem/1.45 var(--sans); width: 100%; }
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--rule);
-  vertical-align: top; overflow-wrap: anywhere; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+  vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 figure { margin: 0 0 40px; overflow-x: auto; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 32px; }
 .sides article { border-bottom: 1px solid var(--rule); padding: 10px 0; overflow-wrap: anywhere; }
