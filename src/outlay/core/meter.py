@@ -328,7 +328,7 @@ class FlopTable:
         key: Any,
         function: Callable[[], Any],
         meter: Meter,
-        weights: Mapping[str, torch.Tensor] | None = None,
+        weights: Callable[[], Mapping[str, torch.Tensor]] | None = None,
         still: Mapping[str, float] | None = None,
     ) -> tuple[Any, Flops]:
         """Call `function`, counting only if the key is new.
@@ -339,7 +339,8 @@ class FlopTable:
             key: What FLOPs depend on.
             function: The work.
             meter: Takes charges.
-            weights: Weights that a mask may hold now or later, by name.
+            weights: Gives the weights that a mask may hold now or later, by name; called only where
+                something is counted.
             still: Share of each weight's entries that a mask holds at zero now.
 
         Returns:
@@ -350,7 +351,7 @@ class FlopTable:
             if key in self.known:
                 value = function()
             else:
-                with FlopCounter(meter, weights) as counter:
+                with FlopCounter(meter, weights() if weights is not None else None) as counter:
                     value = function()
                 self.known[key] = counter.counted
         finally:

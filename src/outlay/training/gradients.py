@@ -121,8 +121,11 @@ class Gradients:
 
     def _counted(self, key: Any, work: Callable[[], Any]) -> tuple[Any, Flops]:
         live, whole = self.live, (self.scope, self.structure, key)
-        weights = {n: p for n, p in live.named_parameters() if p.dim() == 2}
-        return self.flops.run(whole, work, live.context.meter, weights, live.zeros())
+        return self.flops.run(whole, work, live.context.meter, self._matrices, live.zeros())
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """What a mask may hold, now or later."""
+        return {n: p for n, p in self.live.named_parameters() if p.dim() == 2}
 
     def _fill_prefix(self, batches: list[Batch]) -> None:
         if self.prefix is not None:

@@ -15,7 +15,7 @@ from ...core.claims import Claim
 from ...core.errors import ConfigError
 from ...core.live import Live
 from ...core.method import OnStep, Step
-from ...nn.masking import Scope, Score
+from ...nn.masking import MaskController, Scope, Score
 from ...nn.masks import average_density
 from ...nn.prunable import prunable_in, prunable_weights
 from ...nn.sparse_run import MaskWatcher, known_steps
@@ -198,6 +198,13 @@ class GradualPruning(OnStep):
         return _PrunerByShare(self, live) if by_share else _Pruner(self, live)
 
 
+def _prune(masks: MaskController, method: GradualPruning, density: float, draw: str) -> None:
+    """Tighten the masks to a density, as the settings say."""
+    masks.prune(
+        density, scope=method.scope, score=method.score, structure=method.structure, draw=draw
+    )
+
+
 class _Pruner(MaskWatcher):
     """Tightens the masks after the update that comes before each event."""
 
@@ -226,10 +233,7 @@ class _Pruner(MaskWatcher):
             self.done += 1
         if self.done > last and method.final_sparsity:
             step, density = self.events[self.done - 1]
-            self.masks.prune(
-                density, scope=method.scope, score=method.score, structure=method.structure,
-                draw=str(step),
-            )  # fmt: skip
+            _prune(self.masks, method, density, str(step))
 
     def may_stop(self, step: Step) -> bool:
         """Only at the final density."""
@@ -279,10 +283,7 @@ class _PrunerByShare(MaskWatcher):
         if self.over or not (progress == 1 or (progress > 0 and taken - self.last >= method.every)):
             return
         self.last, self.over = taken, progress == 1
-        self.masks.prune(
-            method.density(progress), scope=method.scope, score=method.score,
-            structure=method.structure, draw=str(taken),
-        )  # fmt: skip
+        _prune(self.masks, method, method.density(progress), str(taken))
 
     def may_stop(self, step: Step) -> bool:
         """Only at the final density."""
@@ -292,10 +293,7 @@ class _PrunerByShare(MaskWatcher):
         """The last event, where the budget ended in the step before it."""
         if self.steps and not self.over and self.method.end == 1:
             self.over = True
-            self.masks.prune(
-                self.method.density(1.0), scope=self.method.scope, score=self.method.score,
-                structure=self.method.structure, draw="end",
-            )  # fmt: skip
+            _prune(self.masks, self.method, self.method.density(1.0), "end")
         super().close()
 
     def state_dict(self) -> dict[str, Any]:
