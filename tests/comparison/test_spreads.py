@@ -43,8 +43,8 @@ def test_earlier_comparisons_of_the_same_kind_come_first(tmp_path):
 def test_every_packaged_recipe_has_a_recorded_spread_for_its_own_metric(tmp_path):
     from outlay.training.evaluate import main_metric
 
-    # A run of the first takes a quarter of an hour; the others have stages, whose methods no arm
-    # changes.
+    # The first has not been measured at its own budget; the others have stages, whose methods no
+    # arm changes.
     without = {"pretrain-lm", "digits-self-distillation", "minilm-self-distillation"}
     assert without.isdisjoint(spreads.packaged())
     for name in set(recipes.names()) - without:

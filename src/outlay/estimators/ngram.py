@@ -18,8 +18,8 @@ class NGram:
 
     Interpolated Kneser-Ney with one absolute discount an order, `D = n1 / (n1 + 2 n2)` (Ney, Essen
     and Kneser 1994); lower orders count in how many contexts a token follows, and the lowest is
-    interpolated with the uniform distribution. Everything is a sorted array: 12 million tokens of
-    order 5 take about a minute and 2 GB.
+    interpolated with the uniform distribution. Everything is a sorted array, so that
+    millions of tokens are counted without a dictionary.
 
     Attributes:
         order: Longest run of tokens that is counted, the predicted one included.
